@@ -1,0 +1,25 @@
+"""The one root error; every message says what, where, and what to do."""
+
+
+class CondorError(Exception):
+    """Something a host or participant can act on. The message is shown as it is, without a traceback."""
+
+
+class ConfigError(CondorError):
+    """The configuration can't be used. `problems` holds one sentence each, all found at once."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class StartError(CondorError):
+    """The environment does not let the game start: a port in use, a locked game, an unwritable folder."""
+
+
+class InvalidAnswer(CondorError):
+    """A model's answer is not what the round asked for. The message names the segment and the field."""
+
+
+class StorageError(CondorError):
+    """The database can't be opened or used."""

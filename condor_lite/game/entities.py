@@ -1,0 +1,127 @@
+"""The game's records: what was asked, who answered, what came of it. Names as in DESIGN.md's "Words"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class RoundStatus(StrEnum):
+    OPEN = "open"
+    CLOSED = "closed"
+    SCORED = "scored"
+    VOID = "void"
+    MISSED = "missed"
+    SKIPPED = "skipped"
+
+
+class AnswerStatus(StrEnum):
+    SUCCESS = "SUCCESS"
+    FAILED = "FAILED"
+    TIMEOUT = "TIMEOUT"
+    ABSENT = "ABSENT"
+
+
+class Window(StrEnum):
+    """The rolling windows of the leaderboard, by a round's `resolvable_at`."""
+
+    RECENT = "recent"
+    STEADY = "steady"
+    ANCHOR = "anchor"
+
+    @property
+    def hours(self) -> int:
+        return {"recent": 24, "steady": 72, "anchor": 168}[self.value]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is asked, and how often. All durations are whole seconds.
+
+    `offset_s` shifts the grid of rounds; `interval_s` is 0 for a setting that is no longer asked.
+    """
+
+    asset: str
+    horizon_s: int
+    step_s: int
+    interval_s: int = 0
+    offset_s: int = 0
+    weight: float = 1.0
+
+    @property
+    def key(self) -> str:
+        return f"{self.asset}-{self.horizon_s}-{self.step_s}"
+
+    @property
+    def segments(self) -> int:
+        return self.horizon_s // self.step_s
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One question to all models at one time. `round_no` is the database's number, None before it is stored."""
+
+    asset: str
+    horizon_s: int
+    step_s: int
+    scheduled_at_s: int
+    status: RoundStatus = RoundStatus.OPEN
+    reason: str | None = None
+    performed_at_ms: int | None = None
+    answered: int = 0
+    failed: int = 0
+    timed_out: int = 0
+    absent: int = 0
+    round_no: int | None = None
+
+    @property
+    def round_id(self) -> str:
+        return f"{self.asset}-{self.horizon_s}-{self.step_s}-{self.scheduled_at_s}"
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.asset, self.horizon_s, self.step_s)
+
+    @property
+    def resolvable_at_s(self) -> int:
+        return self.scheduled_at_s + self.horizon_s
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the orchestrator says of a model."""
+
+    model_id: str
+    model_name: str
+    cruncher_id: str
+    cruncher_name: str
+    deployment_id: str
+    code_hash: str | None = None
+    benchmark: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as the game knows it. Times are the game's clock, epoch seconds.
+
+    `first_round_at_s` is the `scheduled_at` of the first round that it was asked in, None before that.
+    """
+
+    model_no: int
+    info: ModelInfo
+    joined_at_s: int
+    last_seen_at_s: int
+    first_round_at_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One model's answer in one round, before it is stored. `payload` is the answer's JSON as received."""
+
+    round_no: int
+    model_no: int
+    status: AnswerStatus
+    received_at_ms: int
+    exec_time_us: int
+    detail: str | None = None
+    payload: bytes | None = None
