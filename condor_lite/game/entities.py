@@ -125,3 +125,90 @@ class Answer:
     exec_time_us: int
     detail: str | None = None
     payload: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RuleInfo:
+    """What rounds and windows must know of a scoring rule.
+
+    `capped`: hopeless answers are capped and sums are divided by the "no move" score (`crps` only).
+    """
+
+    name: str
+    lower_is_better: bool
+    capped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelScore:
+    """One model's result in one round, in the rule's own unit and direction.
+
+    `raw` is None where the model gave no valid answer, `counted` is what the round counts as, `score` is for
+    display: 0 is the median model, higher is better.
+    """
+
+    raw: float | None
+    counted: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundScores:
+    """A round's scores by `model_no`. `median` is SCORING.md's m, `no_move` its a (bp)."""
+
+    median: float
+    no_move: float
+    models: dict[int, ModelScore]
+
+
+@dataclass(frozen=True, slots=True)
+class VoidRound:
+    """A round that counts for nobody, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WindowScores:
+    """One number a window; None where the window holds nothing to compute it from."""
+
+    recent: float | None = None
+    steady: float | None = None
+    anchor: float | None = None
+
+    def of(self, window: Window) -> float | None:
+        if window is Window.RECENT:
+            return self.recent
+        return self.steady if window is Window.STEADY else self.anchor
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A model's line in the leaderboard. Numbers are unrounded.
+
+    `rank` is by anchor, then steady, then recent; `ranks` by each window alone; None: takes no rank.
+    `by_setting` has the settings (by key) with a scored round of the model in the anchor window.
+    `rounds` counts the scored rounds of the anchor window that count for the model, `answered` those with a
+    raw score. `skill` is against the benchmark (0.12: 12 % better). `standard_error` is that of `overall`.
+    `p_better_than_next` is the probability that the model is better than the next one that has a rank.
+    """
+
+    model: Model
+    rank: int | None
+    ranks: dict[Window, int | None]
+    overall: WindowScores
+    by_setting: dict[str, WindowScores]
+    rounds: int
+    answered: int
+    skill: WindowScores
+    standard_error: WindowScores
+    p_better_than_next: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Leaderboard:
+    """All models in rank order, as of `created_at_s` on the game's clock."""
+
+    created_at_s: int
+    scorer_version: int
+    standings: tuple[Standing, ...]
