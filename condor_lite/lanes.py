@@ -1,0 +1,305 @@
+"""A lane per model: one task that sends its model what is next, one call at a time.
+
+What is next follows from the watermark (the newest price that the model has been given, for each asset) and from
+the rounds that are open. A slow model makes only its own lane late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import orjson
+import structlog
+from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest
+
+from condor_lite.clock import Clock
+from condor_lite.game.entities import AnswerStatus, Model, Round
+from condor_lite.models.runner import Connection, Outcome, Reply, tick_request
+from condor_lite.prices.book import PriceBook
+
+log = structlog.get_logger()
+
+HISTORY_TIMEOUT_S = 120.0
+_HISTORY_TRIES = 3
+_HISTORY_PAUSE_S = 0.02  # between the sends of 5 MB each to two newcomers (20 at once hold the loop 123 ms)
+_BUSY_PAUSE_S = 0.25
+_STARTS_A_TURN = 8  # of calls in one turn of the event loop
+_CACHED_TICKS = 16
+
+_HANDED_OVER = (Outcome.SUCCESS, Outcome.MODEL_FAILED, Outcome.BAD_IMPLEMENTATION, Outcome.PROTOCOL, Outcome.TOO_LARGE)
+# the call reached the model's code, or would never do so
+
+Watermark = tuple[int, ...]
+"""Newest timestamp given, for each asset in the order of the config; 0 where none was."""
+
+
+@dataclass(slots=True, eq=False)
+class OpenRound:
+    """A round between its time and its deadline. `asked` and `outcomes` are by `model_no`."""
+
+    round: Round
+    request: CallRequest
+    deadline_s: float
+    max_answer_bytes: int
+    asked: set[int] = field(default_factory=set)
+    outcomes: dict[int, AnswerStatus] = field(default_factory=dict)
+    provisional: dict[int, Reply] = field(default_factory=dict)
+    """Failures of the connection: what counts unless the model comes back and answers before the deadline."""
+    stood_in_line: set[int] = field(default_factory=set)
+    """Models that were still busy with an earlier call: their time-out is that call's, not another one."""
+
+    @property
+    def round_no(self) -> int:
+        assert self.round.round_no is not None
+        return self.round.round_no
+
+
+@dataclass(slots=True, eq=False)
+class Participant:
+    """What the predict loop knows of one model, connected or not."""
+
+    model: Model
+    lane: Lane | None = None
+    consecutive_failures: int = 0
+    consecutive_timeouts: int = 0
+    last_error: str | None = None
+    watermark: Watermark | None = None
+
+
+class Pacer:
+    """Spreads the starts of calls over turns of the event loop, first come, first served."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._pump: asyncio.Task[None] | None = None
+
+    async def turn(self) -> None:
+        """Return when it is this caller's turn to start a call."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        if self._pump is None:
+            self._pump = asyncio.create_task(self._run())
+        await turn
+
+    async def _run(self) -> None:
+        while self._waiting:
+            started = 0
+            while self._waiting and started < _STARTS_A_TURN:
+                turn = self._waiting.popleft()
+                if not turn.done():  # its lane may have been cancelled
+                    turn.set_result(None)
+                    started += 1
+            await asyncio.sleep(0)
+        self._pump = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """New points, encoded once for every model that is at the same watermark."""
+
+    request: CallRequest
+    watermark: Watermark
+
+
+class Ticks:
+    """Makes ticks out of the price book, each encoded once."""
+
+    def __init__(self, book: PriceBook, assets: tuple[str, ...]) -> None:
+        self._book = book
+        self._assets = assets
+        self._cache: OrderedDict[tuple[Watermark, Watermark], Tick] = OrderedDict()
+        self._history: tuple[Watermark, Tick] | None = None
+        self._history_lock = asyncio.Lock()
+
+    def _newest(self, until_s: int | None) -> Watermark:
+        newest = tuple(self._book.newest_s(asset) or 0 for asset in self._assets)
+        return newest if until_s is None else tuple(min(ts_s, until_s) for ts_s in newest)
+
+    def since(self, watermark: Watermark, until_s: int | None = None) -> Tick | None:
+        """The points after `watermark`, up to `until_s`; None where there are none."""
+        newest = self._newest(until_s)
+        if all(ts_s <= given_s for ts_s, given_s in zip(newest, watermark, strict=True)):
+            return None
+        key = (watermark, newest)
+        if (tick := self._cache.get(key)) is None:
+            points = self._book.since(dict(zip(self._assets, watermark, strict=True)), max(newest))
+            reached = tuple(map(max, newest, watermark))
+            tick = self._cache[key] = Tick(tick_request(orjson.dumps(points)), reached)
+            while len(self._cache) > _CACHED_TICKS:
+                self._cache.popitem(last=False)
+        return tick
+
+    async def history(self, until_s: int | None) -> Tick:
+        """The last `feed.history` up to `until_s`, encoded away from the loop and shared between newcomers."""
+        async with self._history_lock:
+            newest = self._newest(until_s)
+            if self._history is None or self._history[0] != newest:
+                data = await asyncio.to_thread(lambda: orjson.dumps(self._book.history(max(newest))))
+                self._history = (newest, Tick(tick_request(data), newest))
+            return self._history[1]
+
+
+class HistoryGate:
+    """Lets one newcomer after another have its history, a short pause apart; nobody waits for an answer."""
+
+    def __init__(self) -> None:
+        self._next_s = 0.0
+
+    async def turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        at_s = max(loop.time(), self._next_s)
+        self._next_s = at_s + _HISTORY_PAUSE_S
+        await asyncio.sleep(at_s - loop.time())
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What all lanes share, and where they bring their results."""
+
+    clock: Clock
+    ticks: Ticks
+    open_rounds: list[OpenRound]
+    timeout_s: float
+    settle: Callable[[OpenRound, Participant, Reply], None]
+    setup_missing: Callable[[Participant], None]
+    give_up: Callable[[Participant, str, str], None]
+    pacer: Pacer = field(default_factory=Pacer)
+    history_gate: HistoryGate = field(default_factory=HistoryGate)
+
+
+class Lane:
+    """One connection's lane. `ready` is False while the model is still being fed its history."""
+
+    def __init__(self, participant: Participant, connection: Connection, floor: Floor, since_s: float) -> None:
+        self.participant = participant
+        self.connection = connection
+        self.since_s = since_s
+        self.ready = False
+        self.task: asyncio.Task[None] | None = None
+        self._floor = floor
+        self._asks: deque[OpenRound] = deque(floor.open_rounds)
+        self._wake = asyncio.Event()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to ask this model."""
+        return not self._asks
+
+    def ask(self, open_round: OpenRound) -> None:
+        """Put `open_round` in line."""
+        self._asks.append(open_round)
+        self._wake.set()
+
+    def wake(self) -> None:
+        """New points may be there."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Feed and ask the model until cancelled."""
+        if self.participant.watermark is None:
+            with self._floor.clock.hold():
+                await self._feed_history()
+        self.ready = True
+        while True:
+            self._wake.clear()
+            with self._floor.clock.hold():
+                while await self._do_next():
+                    pass
+            await self._wake.wait()
+
+    async def _do_next(self) -> bool:
+        """Do what is next; False where there is nothing."""
+        if self._asks:
+            open_round = self._asks[0]
+            try:
+                if self._may_ask(open_round):
+                    await self._ask(open_round)
+            finally:
+                self._asks.popleft()
+            return True
+        assert self.participant.watermark is not None
+        if tick := self._floor.ticks.since(self.participant.watermark):
+            reply = await self._tick(tick, self._floor.timeout_s)
+            return reply.outcome in _HANDED_OVER
+        return False
+
+    def _left_s(self, open_round: OpenRound) -> float:
+        """Wall seconds until the round's deadline."""
+        return self._floor.clock.wall_s(open_round.deadline_s - self._floor.clock.now())
+
+    def _may_ask(self, open_round: OpenRound) -> bool:
+        """Not twice, not after the deadline, and nobody who has seen a price later than the round's time."""
+        given = self.participant.watermark
+        return (
+            self.participant.model.model_no not in open_round.outcomes
+            and self._left_s(open_round) > 0
+            and (given is None or max(given) <= open_round.round.scheduled_at_s)
+        )
+
+    async def _ask(self, open_round: OpenRound) -> None:
+        floor, participant = self._floor, self.participant
+        open_round.asked.add(participant.model.model_no)
+        assert participant.watermark is not None
+        if tick := floor.ticks.since(participant.watermark, open_round.round.scheduled_at_s):
+            reply = await self._tick(tick, self._left_s(open_round), open_round)
+            if reply.outcome in (Outcome.TIMEOUT, Outcome.BUSY):
+                floor.settle(open_round, participant, reply)
+                return
+        reply = await self._call(open_round.request, self._left_s(open_round), open_round)
+        if reply.payload is not None and len(reply.payload) > open_round.max_answer_bytes:
+            detail = f"the answer is too large: {len(reply.payload)} bytes, at most {open_round.max_answer_bytes}"
+            reply = Reply(Outcome.TOO_LARGE, reply.exec_time_us, detail)
+        floor.settle(open_round, participant, reply)
+        if reply.outcome is Outcome.BAD_IMPLEMENTATION:
+            floor.give_up(participant, "BAD_IMPLEMENTATION", reply.detail or "")
+
+    async def _tick(self, tick: Tick, timeout_s: float, open_round: OpenRound | None = None) -> Reply:
+        """Send new points. A model that raised on them has had them; one that did not answer gets them again."""
+        reply = await self._call(tick.request, timeout_s, open_round)
+        if reply.outcome in _HANDED_OVER:
+            self.participant.watermark = tick.watermark
+        if reply.outcome is not Outcome.SUCCESS:
+            self.participant.last_error = f"tick: {reply.detail}"
+        return reply
+
+    async def _call(self, request: CallRequest, timeout_s: float, open_round: OpenRound | None) -> Reply:
+        """Call the model, waiting in line where it is still busy with a call that timed out."""
+        floor = self._floor
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + timeout_s
+        while True:
+            await floor.pacer.turn()
+            left_s = until_s - loop.time()
+            if left_s <= 0:
+                return Reply(Outcome.TIMEOUT, int(timeout_s * 1e6), "no time was left to ask before the deadline")
+            reply = await self.connection.ask(request, left_s)
+            if reply.outcome is Outcome.SETUP_MISSING:
+                floor.setup_missing(self.participant)
+            if reply.outcome is not Outcome.BUSY:
+                return reply
+            if open_round is not None:
+                open_round.stood_in_line.add(self.participant.model.model_no)
+            if until_s - loop.time() <= _BUSY_PAUSE_S:
+                return reply
+            await asyncio.sleep(_BUSY_PAUSE_S)
+
+    async def _feed_history(self) -> None:
+        """Give a new instance the past, in one tick that counts against nobody."""
+        floor = self._floor
+        for _ in range(_HISTORY_TRIES):
+            await floor.history_gate.turn()
+            # Who will be asked in an open round must not know more than the others did.
+            first_s = min((open_round.round.scheduled_at_s for open_round in floor.open_rounds), default=None)
+            tick = await floor.ticks.history(first_s)
+            reply = await self._call(tick.request, HISTORY_TIMEOUT_S, None)
+            if reply.outcome is not Outcome.SUCCESS:
+                self.participant.last_error = f"history: {reply.detail}"
+            if reply.outcome in _HANDED_OVER:
+                self.participant.watermark = tick.watermark
+                return
+            await asyncio.sleep(_BUSY_PAUSE_S)
+        floor.give_up(self.participant, "MULTIPLE_TIMEOUT", "did not take its price history")
+        await asyncio.Event().wait()  # until the fleet disconnects it

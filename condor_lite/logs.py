@@ -1,0 +1,90 @@
+"""Structured logs: an event name plus fields, a line each, for a console or as JSON.
+
+Lines are written by a thread of their own: a terminal that is paused or a full pipe must not hold the event loop.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import MutableMapping
+from typing import Any, TextIO
+
+import orjson
+import structlog
+
+from condor_lite.config import LogConfig
+
+_MAX_WAITING_LINES = 10_000
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+
+
+class _Writer:
+    """A file for structlog that never blocks; lines that a stuck reader does not take are counted and dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lines: queue.Queue[str | None] = queue.Queue(_MAX_WAITING_LINES)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> None:
+        try:
+            self._lines.put_nowait(text)
+        except queue.Full:
+            self._dropped += 1
+
+    def flush(self) -> None:
+        """The thread flushes after each burst."""
+
+    def close(self, wait_s: float) -> None:
+        """Write what waits, for at most `wait_s`."""
+        try:
+            self._lines.put_nowait(None)
+        except queue.Full:
+            return
+        self._thread.join(wait_s)
+
+    def _run(self) -> None:
+        while (text := self._lines.get()) is not None:
+            try:
+                self._stream.write(text)
+                if self._dropped:
+                    dropped, self._dropped = self._dropped, 0
+                    self._stream.write(f"{dropped} log lines were dropped: nobody read them\n")
+                if self._lines.empty():
+                    self._stream.flush()
+            except (OSError, ValueError):  # the reader is gone; the game goes on without a log
+                continue
+
+
+def configure(config: LogConfig, stream: TextIO | None = None) -> _Writer:
+    """Set structlog up for the process; the writer is to be closed at the end."""
+    stream = stream if stream is not None else sys.stdout
+    writer = _Writer(stream)
+    render: list[Any]
+    if config.format == "json":
+        render = [
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.EventRenamer("event"),
+            _json,
+        ]
+    else:
+        render = [
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=18, sort_keys=False),
+        ]
+    structlog.configure(
+        processors=[structlog.processors.add_log_level, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[config.level]),
+        logger_factory=structlog.WriteLoggerFactory(writer),  # type: ignore[arg-type]
+        cache_logger_on_first_use=False,
+    )
+    return writer
+
+
+def _json(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
+    return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()

@@ -1,0 +1,450 @@
+"""The predict loop: holds the rounds on the grid, asks whoever is ready, and has the answers stored as they come.
+
+Nothing here waits for the database, the feed, the scoring or a model: writes go to the journal, and every model has
+a lane of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+
+from condor_lite.clock import Clock
+from condor_lite.config import Config
+from condor_lite.game import schedule
+from condor_lite.game.entities import Answer, AnswerStatus, Round, RoundStatus, Setting
+from condor_lite.lanes import Floor, Lane, OpenRound, Participant, Ticks
+from condor_lite.models.runner import Connection, Fleet, Outcome, Reply, predict_request
+from condor_lite.prices.feed import Feed
+from condor_lite.storage import repositories
+from condor_lite.storage.database import Database
+from condor_lite.storage.journal import Journal
+
+log = structlog.get_logger()
+
+_AFTER_THE_TICK_S = 0.005  # wall: the simulated prices of a round's time are in the book before it opens
+_MISSED_BACK_S = 7 * 86400
+_KNOWN_FOR_S = 7 * 86400
+_HEARTBEAT_S = 30.0
+_LANE_RESTART_S = 1.0
+_SUSPECT_FROM = 3  # asked models from which on a majority of time-outs is taken for our own fault
+
+_STATUS = {
+    Outcome.SUCCESS: AnswerStatus.SUCCESS,
+    Outcome.TIMEOUT: AnswerStatus.TIMEOUT,
+    Outcome.BUSY: AnswerStatus.TIMEOUT,
+}
+
+
+class PredictLoop:
+    """One game's rounds. `on_closed(round)` is called when a round is closed and stored."""
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        db: Database,
+        journal: Journal,
+        feed: Feed,
+        orchestrator_port: int,
+        on_closed: Callable[[Round], None],
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._db = db
+        self._journal = journal
+        self._feed = feed
+        self._on_closed = on_closed
+        self.fleet = Fleet(config, orchestrator_port, self._on_ready, self._on_gone)
+        self.participants: dict[str, Participant] = {}
+        self.open_rounds: list[OpenRound] = []
+        self.late_s = 0.0
+        """How late (wall) the newest rounds were opened."""
+        self._floor = Floor(
+            clock=clock,
+            ticks=Ticks(feed.book, config.game.assets),
+            open_rounds=self.open_rounds,
+            timeout_s=config.predict.timeout_s,
+            settle=self._settle,
+            setup_missing=self._setup_missing,
+            give_up=self._give_up,
+        )
+        self._requests = {
+            setting: predict_request(setting.asset, setting.horizon_s, setting.step_s)
+            for setting in config.game.settings
+        }
+        self._tasks: TaskGroup | None = None
+        self._next_round_no = 1
+        self._held_until_s = 0.0
+        self._stopping = False
+        self._all_answered = asyncio.Event()
+        feed.subscribe(self._on_prices)
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Hold rounds until cancelled. Started again after a failure, it goes on where it was."""
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            self.open_rounds.clear()
+            try:
+                await self._resume()
+                for connection in list(self.fleet.running.values()):
+                    self._on_ready(connection)
+                tasks.start_soon(self._heartbeat, name="predict-heartbeat")
+                await self._hold_rounds()
+            finally:
+                self._tasks = None
+                for participant in self.participants.values():
+                    participant.lane = None
+
+    async def finish(self, grace_s: float) -> None:
+        """Open no more rounds, give those in flight up to `grace_s` (wall), close them, and have all of it stored."""
+        self._stopping = True
+        self._check_all_answered()
+        with anyio.move_on_after(grace_s):
+            await self._all_answered.wait()
+        for open_round in list(self.open_rounds):
+            unanswered = self._unanswered(open_round)
+            reason = "the game was stopped before every model had answered" if unanswered else None
+            self._close(open_round, reason)
+        self._touch(self._connected())
+        await self._journal.flushed()
+
+    async def _resume(self) -> None:
+        """Learn from the database what was held, and account for every round since then."""
+        now_s = self._clock.now()
+        models = await self._db.read(repositories.load_models)
+        for model in models:
+            known = self.participants.setdefault(model.info.model_id, Participant(model))
+            known.model = model
+        interrupted = await self._db.write(
+            repositories.void_interrupted, "the game stopped while the round was open"
+        )
+        newest = await self._db.read(repositories.newest_round_s)
+        self._next_round_no = await self._db.read(repositories.next_round_no)
+        missed: list[Round] = []
+        late: list[tuple[int, Setting]] = []
+        for setting in self._config.game.settings:
+            held_s = newest.get(setting.key)
+            first_s = now_s - setting.interval_s if held_s is None else max(held_s, now_s - _MISSED_BACK_S)
+            for at_s in schedule.due(setting, first_s, now_s):
+                if self._deadline_s(at_s, setting) > now_s:
+                    late.append((at_s, setting))
+                elif held_s is not None:
+                    reason = "the game was not running"
+                    missed.append(self._round(at_s, setting, RoundStatus.MISSED, reason))
+        missed.sort(key=lambda missed_round: missed_round.scheduled_at_s)
+        if missed:
+            self._journal.append(repositories.record_rounds, missed)
+        if missed or interrupted:
+            log.info("rounds_lost_while_stopped", missed=len(missed), interrupted=len(interrupted))
+        self._held_until_s = now_s
+        self._open_all(sorted(late, key=lambda due: due[0]))
+
+    async def _hold_rounds(self) -> None:
+        settings = self._config.game.settings
+        lag_s = _AFTER_THE_TICK_S * self._clock.speed
+        while not self._stopping:
+            at_s = schedule.next_due(settings, self._held_until_s)
+            await self._clock.sleep_until(at_s + lag_s)
+            if self._stopping:
+                break
+            with self._clock.hold():
+                now_s = self._clock.now()
+                due = [
+                    (due_s, setting)
+                    for setting in settings
+                    for due_s in schedule.due(setting, self._held_until_s, now_s)
+                ]
+                self._held_until_s = now_s
+                self.late_s = self._clock.wall_s(now_s - at_s)
+                self._open_all(sorted(due, key=lambda item: item[0]))
+                await asyncio.sleep(0)
+
+    async def _heartbeat(self) -> None:
+        """Keep the game's time and who is connected on disk, so that a crash loses little of either."""
+        while True:
+            await asyncio.sleep(_HEARTBEAT_S)
+            self._journal.append(repositories.save_clock, self._clock.now())
+            self._touch(self._connected())
+
+    # -- rounds --------------------------------------------------------------------------------------------------
+
+    def _deadline_s(self, at_s: int, setting: Setting) -> float:
+        return schedule.deadline_s(at_s, setting, self._config.predict.timeout_s * self._clock.speed)
+
+    def _round(
+        self, at_s: int, setting: Setting, status: RoundStatus, reason: str | None = None, asked: bool = False
+    ) -> Round:
+        round_no, self._next_round_no = self._next_round_no, self._next_round_no + 1
+        return Round(
+            asset=setting.asset,
+            horizon_s=setting.horizon_s,
+            step_s=setting.step_s,
+            scheduled_at_s=at_s,
+            status=status,
+            reason=reason,
+            performed_at_ms=int(self._clock.now() * 1000) if asked else None,
+            round_no=round_no,
+        )
+
+    def _open_all(self, due: list[tuple[int, Setting]]) -> None:
+        """Open the rounds that are due, oldest first; record those that can't be held."""
+        now_s = self._clock.now()
+        for at_s, group in groupby(due, key=lambda item: item[0]):
+            opened: list[OpenRound] = []
+            for _, setting in group:
+                if (late := self._deadline_s(at_s, setting)) <= now_s:
+                    reason = f"the process was held up for {self._clock.wall_s(now_s - late):.0f} s"
+                    self._record(self._round(at_s, setting, RoundStatus.MISSED, reason))
+                elif reason := self._stale(setting.asset, at_s):
+                    self._record(self._round(at_s, setting, RoundStatus.SKIPPED, reason))
+                elif not self._feed.finished:
+                    opened.append(self._open(at_s, setting))
+            if opened:
+                self._journal.append(repositories.open_rounds, [item.round for item in opened])
+                for lane in self._lanes():
+                    for open_round in opened:
+                        lane.ask(open_round)
+
+    def _open(self, at_s: int, setting: Setting) -> OpenRound:
+        limits = self._config.predict
+        open_round = OpenRound(
+            round=self._round(at_s, setting, RoundStatus.OPEN, asked=True),
+            request=self._requests[setting],
+            deadline_s=self._deadline_s(at_s, setting),
+            max_answer_bytes=setting.segments * limits.max_segment_bytes + 16 * 1024,
+        )
+        self.open_rounds.append(open_round)
+        assert self._tasks is not None
+        self._tasks.start_soon(self._keep, open_round, name=open_round.round.round_id)
+        return open_round
+
+    def _stale(self, asset: str, at_s: int) -> str | None:
+        """Why no round can be held on `asset`'s prices, None where one can."""
+        newest_s = self._feed.book.newest_s(asset)
+        if newest_s is None:
+            return f"no {asset} price yet"
+        if (age_s := at_s - newest_s) > self._config.feed.max_staleness_s:
+            return f"the newest {asset} price is {age_s} s old (feed.max_staleness {self._config.feed.max_staleness_s} s)"
+        return None
+
+    def _record(self, unheld: Round) -> None:
+        self._journal.append(repositories.record_rounds, [unheld])
+        log.warning("round_not_held", round_id=unheld.round_id, status=str(unheld.status), reason=unheld.reason)
+
+    async def _keep(self, open_round: OpenRound) -> None:
+        """Close the round at its deadline."""
+        await self._clock.sleep_until(open_round.deadline_s)
+        if open_round in self.open_rounds:
+            self._close(open_round)
+
+    def _close(self, open_round: OpenRound, void_reason: str | None = None) -> None:
+        """Account for every model, move the counters, and have the round stored as closed, or void."""
+        self.open_rounds.remove(open_round)
+        self._check_all_answered()
+        now_ms = int(self._clock.now() * 1000)
+        by_no = {known.model.model_no: known for known in self.participants.values()}
+        silent = [no for no in open_round.asked if no not in open_round.outcomes]
+        answers = [self._no_answer(open_round, no, now_ms) for no in silent]
+        for answer in answers:
+            open_round.outcomes[answer.model_no] = answer.status
+            by_no[answer.model_no].last_error = answer.detail
+        timed_out = [no for no, status in open_round.outcomes.items() if status is AnswerStatus.TIMEOUT]
+        if not open_round.asked:
+            void_reason = void_reason or "no model was connected"
+        elif len(open_round.asked) >= _SUSPECT_FROM and 2 * len(timed_out) > len(open_round.asked):
+            void_reason = f"{len(timed_out)} of {len(open_round.asked)} models timed out together: the host was at fault"
+        if void_reason is None:
+            for no, status in open_round.outcomes.items():
+                self._count(by_no[no], status, stood_in_line=no in open_round.stood_in_line)
+        if answers:
+            self._journal.append(repositories.add_answers, answers)
+        self._journal.append(
+            repositories.close_round,
+            open_round.round_no,
+            RoundStatus.VOID if void_reason else RoundStatus.CLOSED,
+            void_reason,
+            self._absent(open_round),
+            then=partial(self._closed, open_round),
+        )
+        self._journal.append(repositories.save_clock, self._clock.now())
+
+    def _no_answer(self, open_round: OpenRound, model_no: int, now_ms: int) -> Answer:
+        lost = open_round.provisional.get(model_no)
+        waited_us = now_ms * 1000 - (open_round.round.performed_at_ms or now_ms) * 1000
+        return Answer(
+            round_no=open_round.round_no,
+            model_no=model_no,
+            status=AnswerStatus.FAILED if lost else AnswerStatus.TIMEOUT,
+            received_at_ms=now_ms,
+            exec_time_us=lost.exec_time_us if lost else max(waited_us, 0),
+            detail=lost.detail if lost else "no answer by the round's deadline",
+        )
+
+    def _absent(self, open_round: OpenRound) -> list[int]:
+        """Who is known to the game, has played before, and was not asked."""
+        at_s = open_round.round.scheduled_at_s
+        return [
+            known.model.model_no
+            for known in self.participants.values()
+            if known.model.model_no not in open_round.asked
+            and known.model.first_round_at_s is not None
+            and known.model.first_round_at_s <= at_s
+            and (known.lane is not None or known.model.last_seen_at_s >= at_s - _KNOWN_FOR_S)
+        ]
+
+    def _closed(self, open_round: OpenRound, closed: Round) -> None:
+        log.info(
+            "round_closed" if closed.status is RoundStatus.CLOSED else "round_void",
+            round_id=closed.round_id,
+            answered=closed.answered,
+            failed=closed.failed,
+            timed_out=closed.timed_out,
+            absent=closed.absent,
+            **({"reason": closed.reason} if closed.reason else {}),
+        )
+        self._on_closed(closed)
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    def _settle(self, open_round: OpenRound, participant: Participant, reply: Reply) -> None:
+        """A lane's call in a round has ended."""
+        model_no = participant.model.model_no
+        if open_round not in self.open_rounds or model_no in open_round.outcomes:
+            return  # closed in the meantime: accounted for already
+        if reply.outcome is not Outcome.SUCCESS:
+            participant.last_error = reply.detail
+        if reply.outcome in (Outcome.UNREACHABLE, Outcome.SETUP_MISSING):
+            open_round.provisional[model_no] = reply  # it may come back before the deadline
+            return
+        status = _STATUS.get(reply.outcome, AnswerStatus.FAILED)
+        answer = Answer(
+            round_no=open_round.round_no,
+            model_no=model_no,
+            status=status,
+            received_at_ms=int(self._clock.now() * 1000),
+            exec_time_us=reply.exec_time_us,
+            detail=reply.detail,
+            payload=reply.payload,
+        )
+        if not self._journal.append(repositories.add_answers, [answer], size=len(reply.payload or b"")):
+            status = AnswerStatus.FAILED
+            refused = replace(answer, status=status, payload=None, detail="the host could not store the answer")
+            self._journal.append(repositories.add_answers, [refused])
+        open_round.outcomes[model_no] = status
+        if participant.model.first_round_at_s is None:
+            participant.model = replace(participant.model, first_round_at_s=open_round.round.scheduled_at_s)
+        if self._stopping:
+            self._check_all_answered()
+
+    def _count(self, participant: Participant, status: AnswerStatus, *, stood_in_line: bool) -> None:
+        """Move the model's counters; at the limit it is reported and disconnected."""
+        limits = self._config.predict
+        if status is AnswerStatus.SUCCESS:
+            participant.consecutive_failures = participant.consecutive_timeouts = 0
+            return
+        if status is AnswerStatus.FAILED:
+            participant.consecutive_failures += 1
+        elif not stood_in_line:
+            participant.consecutive_timeouts += 1
+        if participant.consecutive_failures >= limits.max_consecutive_failures:
+            reason = f"{participant.consecutive_failures} failures in a row, the last: {participant.last_error}"
+            self._give_up(participant, "MULTIPLE_FAILED", reason)
+        elif participant.consecutive_timeouts >= limits.max_consecutive_timeouts:
+            reason = f"{participant.consecutive_timeouts} time-outs in a row"
+            self._give_up(participant, "MULTIPLE_TIMEOUT", reason)
+
+    def _unanswered(self, open_round: OpenRound) -> set[str]:
+        return {
+            model_id
+            for model_id, known in self.participants.items()
+            if known.model.model_no not in open_round.outcomes
+            and (known.model.model_no in open_round.asked or (known.lane is not None and known.lane.ready))
+        }
+
+    def _check_all_answered(self) -> None:
+        if self._stopping and not any(self._unanswered(open_round) for open_round in self.open_rounds):
+            self._all_answered.set()
+
+    # -- models --------------------------------------------------------------------------------------------------
+
+    def _lanes(self) -> Iterable[Lane]:
+        return [known.lane for known in self.participants.values() if known.lane is not None]
+
+    def _connected(self) -> list[int]:
+        return [known.model.model_no for known in self.participants.values() if known.lane is not None]
+
+    def _touch(self, model_nos: list[int]) -> None:
+        now_s = int(self._clock.now())
+        for known in self.participants.values():
+            if known.model.model_no in model_nos:
+                known.model = replace(known.model, last_seen_at_s=now_s)
+        self._journal.append(repositories.touch_models, model_nos, now_s)
+
+    def _on_prices(self, assets: frozenset[str]) -> None:
+        for lane in self._lanes():
+            lane.wake()
+
+    def _on_ready(self, connection: Connection) -> None:
+        if self._tasks is not None:
+            self._tasks.start_soon(self._admit, connection, name=f"lane {connection.model_id}")
+
+    def _on_gone(self, connection: Connection) -> None:
+        known = self.participants.get(connection.model_id)
+        if known is not None and known.lane is not None and known.lane.connection is connection:
+            lane, known.lane = known.lane, None
+            if lane.task is not None:
+                lane.task.cancel()
+            self._touch([known.model.model_no])
+            log.info("model_left", model_id=connection.model_id)
+
+    async def _admit(self, connection: Connection) -> None:
+        """Enter the model in the books, then serve it in its lane until it is gone."""
+        info = connection.info
+        if info.model_id in self._config.game.benchmarks:
+            info = replace(info, benchmark=True)
+        known = self.participants.get(info.model_id)
+        now_s = int(self._clock.now())
+        if known is None:
+            model = await self._journal.write(repositories.upsert_model, info, now_s)
+            known = self.participants.setdefault(info.model_id, Participant(model))
+        else:
+            self._journal.append(repositories.upsert_model, info, now_s)
+            known.model = replace(known.model, info=info, last_seen_at_s=now_s)
+        if self.fleet.running.get(info.model_id) is not connection:
+            return
+        if connection.fresh:
+            known.watermark = None
+        known.lane = lane = Lane(known, connection, self._floor, self._clock.now())
+        log.info("model_joined", model_id=info.model_id, model=info.model_name, player=info.cruncher_name)
+        while known.lane is lane:
+            try:
+                lane.task = asyncio.ensure_future(lane.run())
+                await lane.task
+            except asyncio.CancelledError:
+                if lane.task.cancelled() and known.lane is not lane:
+                    return
+                lane.task.cancel()
+                raise
+            except Exception:
+                log.exception("lane_failed", model_id=info.model_id)
+                await asyncio.sleep(_LANE_RESTART_S)
+
+    def _setup_missing(self, participant: Participant) -> None:
+        if participant.lane is not None:
+            self.fleet.reconnect(participant.lane.connection)
+
+    def _give_up(self, participant: Participant, code: str, reason: str) -> None:
+        participant.last_error = reason
+        participant.consecutive_failures = participant.consecutive_timeouts = 0
+        if participant.lane is not None:
+            self.fleet.give_up(participant.lane.connection, code, reason)
