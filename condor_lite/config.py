@@ -1,109 +1,198 @@
-"""`config.toml` -> frozen dataclasses, validated whole before anything starts.
+"""`config.toml` and the environment -> a `Config`, validated whole before anything starts.
 
-Every field of a section carries its documented default and meaning in its metadata; the README's table and the
-check for unknown keys are made from these. Durations are seconds (`_s`), paths are absolute after loading.
+The sections and their keys are in `config_sections`; here they are put together, and against each other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from condor_lite.game.entities import Setting
+from condor_lite.config_document import Document
+from condor_lite.config_sections import (
+    SECTIONS,
+    SIMULATED_SOURCES,
+    Config,
+    FeedConfig,
+    GameConfig,
+    LogConfig,
+    OrchestratorConfig,
+    PredictConfig,
+    ReportConfig,
+    ScoringConfig,
+    StorageConfig,
+    keys,
+    table,
+)
+from condor_lite.config_values import Key, is_file, is_folder, shown_duration
+from condor_lite.errors import ConfigError
+
+__all__ = [
+    "DEMO",
+    "FILE_NAME",
+    "Config",
+    "FeedConfig",
+    "GameConfig",
+    "Key",
+    "LogConfig",
+    "OrchestratorConfig",
+    "PredictConfig",
+    "ReportConfig",
+    "ScoringConfig",
+    "StorageConfig",
+    "find",
+    "keys",
+    "load",
+    "table",
+]
+
+FILE_NAME = "config.toml"
+DEMO = Path(__file__).with_name("demo.toml")
+
+_FEWEST_TICKS = 3  # of history: less does not let a model measure anything
+_CREDENTIALS = ("ca.crt", "tls.crt", "tls.key")
 
 
-@dataclass(frozen=True, slots=True)
-class GameConfig:
-    settings: tuple[Setting, ...]
-    name: str = "condor-lite"
-    crunch_id: str = "condorgame"
-    base_class: str = "condor_lite.tracker.TrackerBase"
-    benchmarks: tuple[str, ...] = ()
-    max_models_per_player: int = 0
-    shutdown_grace_s: float = 5.0
-    speed: float = 1.0
-    start_s: int | None = None
+def find(cwd: Path) -> Path | None:
+    """The config file that a game started in this folder uses, None for the packaged demo.
 
-    @property
-    def assets(self) -> tuple[str, ...]:
-        """Every asset asked for, in the order of their first mention."""
-        return tuple(dict.fromkeys(setting.asset for setting in self.settings))
+    Whatever has the name counts, also a folder or a dangling link: it gets its error, never a silent demo.
+    """
+    candidate = cwd / FILE_NAME
+    return candidate if os.path.lexists(candidate) else None
 
 
-@dataclass(frozen=True, slots=True)
-class FeedConfig:
-    source: str = "synthetic"
-    tick_s: int = 60
-    history_s: int = 30 * 86400
-    max_staleness_s: int = 180
-    path: Path | None = None
-    seed: int = 0
-    api_key: str = ""
-    base_url: str = ""
-    symbols: dict[str, str] = field(default_factory=dict)
+def load(path: Path | None, environ: Mapping[str, str]) -> Config:
+    """Read and check a config file, or with None the packaged demo, under the overrides in `environ`.
+
+    Paths become absolute, from the file's folder (the demo's from the current one). Raises ConfigError with
+    every problem found.
+    """
+    if path is None:
+        document = Document.read(DEMO, "the demo config", Path.cwd(), keys())
+    else:
+        document = Document.read(path, str(path), path.absolute().parent, keys())
+    document.override(environ)
+    document.reject_unknown()
+    given = {name: document.section(name) for name in SECTIONS}
+
+    feed = FeedConfig(**given["feed"])
+    if not document.is_given("feed.max_staleness"):
+        feed = replace(feed, max_staleness_s=3 * feed.tick_s)
+    scoring = ScoringConfig(
+        **{"workers": max(1, _available_cpus() - 1), "settle_delay_s": feed.tick_s} | given["scoring"]
+    )
+    orchestrator = OrchestratorConfig(**given["orchestrator"])
+    storage = StorageConfig(**given["storage"])
+    settings = document.settings(feed.tick_s if document.is_sound("feed.tick") else None)
+    config = Config(
+        game=GameConfig(settings, **given["game"]),
+        feed=feed,
+        orchestrator=replace(orchestrator, models=document.base / orchestrator.models),
+        predict=PredictConfig(**given["predict"]),
+        scoring=scoring,
+        storage=replace(storage, path=document.base / storage.path),
+        report=ReportConfig(**given["report"]),
+        log=LogConfig(**given["log"]),
+    )
+    _check_feed(document, config)
+    _check_orchestrator(document, config)
+    _check_storage(document, config)
+    if document.problems:
+        raise ConfigError(document.problems)
+    return config
 
 
-@dataclass(frozen=True, slots=True)
-class OrchestratorConfig:
-    mode: str = "local"
-    host: str = "127.0.0.1"
-    port: int = 9091
-    models: Path = Path("models")
-    credentials: Path | None = None
-    gateway_key: Path | None = None
+def _check_feed(document: Document, config: Config) -> None:
+    game, feed = config.game, config.feed
+    if document.is_sound("feed.source"):
+        if feed.source not in SIMULATED_SOURCES:
+            document.complain("feed.source", 'not available in this version yet: use "synthetic" or "replay"')
+            if game.speed != 1:
+                right = (
+                    'must be 1 unless feed.source is "synthetic" or "replay": live prices come in real time'
+                )
+                document.complain("game.speed", right)
+        if feed.source == "replay":
+            _check_recording(document, config)
+        elif game.start_s is not None:
+            document.complain("game.start", 'is for feed.source = "replay" only: leave it out')
+    if document.is_sound("feed.tick", "feed.history") and feed.history_s < _FEWEST_TICKS * feed.tick_s:
+        right = f'must be at least {_FEWEST_TICKS} ticks of "{shown_duration(feed.tick_s)}"'
+        document.complain("feed.history", right)
+    if document.is_sound("feed.tick", "feed.max_staleness") and feed.max_staleness_s < feed.tick_s:
+        document.complain("feed.max_staleness", f'must be at least a tick, "{shown_duration(feed.tick_s)}"')
+    if game.settings and (extra := sorted(feed.symbols.keys() - set(game.assets))):
+        right = f"no setting asks for {', '.join(extra)}, only for {', '.join(game.assets)}"
+        document.complain("feed.symbols", right)
 
 
-@dataclass(frozen=True, slots=True)
-class PredictConfig:
-    timeout_s: float = 50.0
-    max_consecutive_failures: int = 10
-    max_consecutive_timeouts: int = 10
-    max_segment_bytes: int = 2048
+def _check_recording(document: Document, config: Config) -> None:
+    folder = config.feed.path
+    if folder is None:
+        if document.is_sound("feed.path"):
+            document.complain("feed.path", 'must name the folder of <ASSET>.csv when feed.source = "replay"')
+    elif not is_folder(folder):
+        document.complain("feed.path", f"must be a folder that can be read; {folder} is none")
+    elif missing := [asset for asset in config.game.assets if not is_file(folder / f"{asset}.csv")]:
+        names = ", ".join(f"{asset}.csv" for asset in missing)
+        document.complain("feed.path", f"must hold a file for each asset; {folder} has no {names}")
 
 
-@dataclass(frozen=True, slots=True)
-class ScoringConfig:
-    rule: str = "crps"
-    target: str = "log_return"
-    max_components: int = 16
-    time_limit_s: float = 2.0
-    log_halfwidth: float = 0.5
-    settle_delay_s: int = 60
-    void_after_s: int = 7200
-    interval_s: float = 10.0
-    workers: int = 1
-    snapshot_interval_s: int = 900
+def _check_orchestrator(document: Document, config: Config) -> None:
+    orchestrator, report = config.orchestrator, config.report
+    if not document.is_sound("orchestrator.mode"):
+        return
+    if orchestrator.mode == "local":
+        if document.is_sound("orchestrator.host") and not _is_loopback(orchestrator.host):
+            right = 'must be a loopback address such as "127.0.0.1": local models are for this machine only'
+            document.complain("orchestrator.host", right)
+        ports_sound = document.is_sound("orchestrator.port", "report.port")
+        if ports_sound and orchestrator.port == report.port != 0:
+            document.complain("report.port", "must differ from orchestrator.port")
+    else:
+        if document.is_sound("orchestrator.port") and orchestrator.port == 0:
+            document.complain("orchestrator.port", "must be the port of the remote orchestrator")
+        _check_credentials(document, orchestrator.credentials, orchestrator.gateway_key)
 
 
-@dataclass(frozen=True, slots=True)
-class StorageConfig:
-    path: Path = Path("data/condor.db")
-    keep_payloads_s: int = 8 * 86400
-    keep_predictions_s: int = 30 * 86400
-    keep_prices_s: int = 35 * 86400
-    keep_snapshots_s: int = 30 * 86400
+def _check_credentials(document: Document, folder: Path | None, gateway_key: Path | None) -> None:
+    if folder and gateway_key:
+        right = "excludes orchestrator.credentials: leave one of the two out"
+        document.complain("orchestrator.gateway_key", right)
+    elif folder and (missing := [name for name in _CREDENTIALS if not is_file(folder / name)]):
+        right = f"must be a folder with {', '.join(_CREDENTIALS)}; {folder} has no {', '.join(missing)}"
+        document.complain("orchestrator.credentials", right)
+    elif gateway_key and not is_file(gateway_key):
+        right = "must be the path of a file that holds the key (not the key itself); there is no such file"
+        document.complain("orchestrator.gateway_key", right)
 
 
-@dataclass(frozen=True, slots=True)
-class ReportConfig:
-    host: str = "127.0.0.1"
-    port: int = 8000
-    cors_origins: tuple[str, ...] = ()
+def _check_storage(document: Document, config: Config) -> None:
+    feed, scoring, storage = config.feed, config.scoring, config.storage
+    if is_folder(storage.path):
+        document.complain("storage.path", "is a folder: must be a file, such as data/condor.db")
+    if not document.is_sound("storage.keep_prices", "feed.history", "scoring.void_after"):
+        return
+    round_s = scoring.void_after_s + max((setting.horizon_s for setting in config.game.settings), default=0)
+    if storage.keep_prices_s < feed.history_s:
+        right = f'must be at least feed.history, "{shown_duration(feed.history_s)}"'
+        document.complain("storage.keep_prices", right)
+    elif storage.keep_prices_s < round_s:
+        right = f'must be at least the longest horizon and scoring.void_after, "{shown_duration(round_s)}"'
+        document.complain("storage.keep_prices", right)
 
 
-@dataclass(frozen=True, slots=True)
-class LogConfig:
-    level: str = "info"
-    format: str = "console"
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name.lower() == "localhost"
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
-    game: GameConfig
-    feed: FeedConfig
-    orchestrator: OrchestratorConfig
-    predict: PredictConfig
-    scoring: ScoringConfig
-    storage: StorageConfig
-    report: ReportConfig
-    log: LogConfig
+def _available_cpus() -> int:
+    # A container's share of the CPUs is in the affinity, not in the count.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

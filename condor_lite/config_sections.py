@@ -1,0 +1,335 @@
+"""The sections of `config.toml` as frozen dataclasses, each field with its kind, default and meaning.
+
+The README's table, the reading and the check for unknown keys are made from these. Durations are seconds
+(`_s`); paths are absolute once loaded.
+"""
+
+# ruff: noqa: RUF009  (`documented` only makes a field; the linter does not know)
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from condor_lite.config_document import BLOCK_KEYS
+from condor_lite.config_values import (
+    Documented,
+    Key,
+    Kind,
+    WrongValueError,
+    choice,
+    documented,
+    duration,
+    either,
+    host,
+    integer,
+    is_web_address,
+    mapping,
+    moment,
+    number,
+    path,
+    shown,
+    shown_duration,
+    strings,
+    text,
+)
+from condor_lite.game.entities import Setting
+
+SIMULATED_SOURCES = ("synthetic", "replay")
+LIVE_SOURCES = ("coinbase", "kraken", "binance", "crunchdao", "pyth")
+RULES = ("crps", "log", "likelihood")
+
+_DOTTED = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+_FUNCTION = rf"{_DOTTED}:[A-Za-z_]\w*"
+_LONGEST_HISTORY_S = 366 * 86400
+
+
+def _named_or_function(*names: str, what: str) -> Kind:
+    quoted = [f'"{name}"' for name in (*names, f"package.module:{what}")]
+    return text("|".join([*names, _FUNCTION]), f"must be {either(quoted)}")
+
+
+@dataclass(frozen=True, slots=True)
+class GameConfig:
+    settings: tuple[Setting, ...]
+    name: str = documented(
+        text(r".*\S.*", "must be a string that is not empty", longest=100),
+        "shown on the dashboard",
+        default="condor-lite",
+    )
+    crunch_id: str = documented(
+        text(
+            r"(?!\.{1,2}$)[A-Za-z0-9._~-]+",
+            'must be made of letters, digits, "-", "_", "." and "~": it is a part of the orchestrator\'s URL',
+            longest=200,
+        ),
+        "the game's id at the orchestrator",
+        default="condorgame",
+    )
+    base_class: str = documented(
+        text(
+            r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+",
+            'must be a class with its module, such as "condor_lite.tracker.TrackerBase"',
+        ),
+        "what models subclass; `crunch_synth.tracker.TrackerBase` and `condorgame.tracker.TrackerBase` "
+        "work too",
+        default="condor_lite.tracker.TrackerBase",
+    )
+    benchmarks: tuple[str, ...] = documented(
+        strings('must be a list of model ids as strings, such as ["12", "40"]'),
+        "model ids that are benchmarks (remote mode; a local model says so in its `model.toml`)",
+        default=(),
+    )
+    max_models_per_player: int = documented(
+        integer(0, 1_000_000), "only a player's best so many models are ranked; 0: no limit", default=0
+    )
+    shutdown_grace_s: float = documented(
+        duration(0, 3600),
+        "how long a round in flight may finish at shutdown (Docker waits 10 s)",
+        default=5.0,
+    )
+    speed: float = documented(
+        number(1e6),
+        "the game's clock runs this many times faster than the wall's; only with a `synthetic` or `replay` "
+        "feed. Prices, schedule, horizons and windows run on the game's clock; network time-outs and "
+        "back-offs on the wall's",
+        default=1.0,
+    )
+    start_s: int | None = documented(
+        moment(),
+        "`replay` only: ISO time inside the recording at which the game starts",
+        shown="after `feed.history` of the recording, or, where it is shorter than that, a third into it",
+    )
+
+    @property
+    def assets(self) -> tuple[str, ...]:
+        """Every asset asked for, in the order of their first mention."""
+        return tuple(dict.fromkeys(setting.asset for setting in self.settings))
+
+
+@dataclass(frozen=True, slots=True)
+class FeedConfig:
+    source: str = documented(
+        _named_or_function(*SIMULATED_SOURCES, *LIVE_SOURCES, what="factory"),
+        "where prices come from: `synthetic`, `replay`, `coinbase`, `kraken`, `binance`, `crunchdao`, "
+        '`pyth`, or `"module:factory"`; this version has `synthetic` and `replay`',
+        default="synthetic",
+    )
+    tick_s: int = documented(
+        duration(1, 86400), "resolution of the prices, and how often new ones are asked for", default=60
+    )
+    history_s: int = documented(
+        duration(1, _LONGEST_HISTORY_S),
+        "sent to a newcomer, at the tick's resolution but never finer than one minute",
+        default=30 * 86400,
+    )
+    max_staleness_s: int = documented(
+        duration(),
+        "with a newest price older than this an asset is stale: its rounds are skipped",
+        default=180,
+        shown="3 ticks",
+    )
+    path: Path | None = documented(path(optional=True), "`replay`: folder of `<ASSET>.csv`")
+    seed: int = documented(
+        integer(0, 2**63 - 1), "`synthetic`: the same seed gives the same prices", default=0
+    )
+    api_key: str = documented(text(), "`pyth`", default="", secret=True)
+    base_url: str = documented(
+        Kind("URL", lambda value, _: _read_base_url(value), textual=True),
+        "redirects any HTTP feed (a proxy, a test server)",
+        default="",
+    )
+    symbols: dict[str, str] = documented(
+        mapping('must be a section of strings, such as BTC = "BTC-USD"'),
+        'section `[feed.symbols]`: an asset\'s name at the source, `BTC = "BTC-USD"`',
+        default_factory=dict,
+        shown="per source",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OrchestratorConfig:
+    mode: str = documented(
+        choice("local", "remote"),
+        "`local`: the embedded one, with the models in `orchestrator.models`; `remote`: an existing one",
+        default="local",
+    )
+    host: str = documented(
+        host(), "where it is (`remote`) or listens (`local`; on loopback only)", default="127.0.0.1"
+    )
+    port: int = documented(
+        integer(0, 65535), "its port; `local` takes any free one where this is 0", default=9091
+    )
+    models: Path = documented(
+        path(),
+        "`local`: a folder with one folder a model (`main.py`, optional `model.toml`: `name`, `cruncher_id`, "
+        "`cruncher_name`, `benchmark`); where it is missing or empty, the bundled benchmark models run",
+        default=Path("models"),
+    )
+    credentials: Path | None = documented(
+        path(optional=True), "`remote`: folder with `ca.crt`, `tls.crt` and `tls.key`"
+    )
+    gateway_key: Path | None = documented(
+        path(optional=True), "`remote`: file with the gateway's private key", secret=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PredictConfig:
+    timeout_s: float = documented(
+        duration(1, 86400),
+        "longest wait for an answer; a round's deadline is `min(timeout, step, interval)` after its time",
+        default=50.0,
+    )
+    max_consecutive_failures: int = documented(
+        integer(1, 1_000_000), "then the model is reported and disconnected", default=10
+    )
+    max_consecutive_timeouts: int = documented(
+        integer(1, 1_000_000), "then the model is reported and disconnected", default=10
+    )
+    max_segment_bytes: int = documented(
+        integer(64, 32_768),
+        "an answer may have this many bytes a segment, plus 16 KiB; a larger one is a failure",
+        default=2048,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringConfig:
+    rule: str = documented(
+        _named_or_function(*RULES, what="function"),
+        '`crps`, `log`, `likelihood` (not proper: a spike wins) or `"package.module:function"`',
+        default="crps",
+    )
+    target: str = documented(
+        choice("log_return", "price_change"),
+        "what a density describes: `log_return`, or `price_change` in quote currency (`crunch_synth`)",
+        default="log_return",
+    )
+    max_components: int = documented(integer(1, 10_000), "leaves of a density's mixtures", default=16)
+    time_limit_s: float = documented(duration(1, 3600), "to score one prediction", default=2.0)
+    log_halfwidth: float = documented(number(10_000), 'basis points, for `rule = "log"`', default=0.5)
+    settle_delay_s: int = documented(
+        duration(0, 30 * 86400),
+        "a round is scored this long after its horizon at the earliest: prices may change until then",
+        default=60,
+        shown="1 tick",
+    )
+    void_after_s: int = documented(
+        duration(1, 30 * 86400),
+        "a round whose last price has not come this long after its horizon counts for nobody",
+        default=7200,
+    )
+    interval_s: float = documented(
+        duration(1, 86400), "at least this long between two score cycles", default=10.0
+    )
+    workers: int = documented(
+        integer(1, 1024), "processes in the pool", default=1, shown="CPUs - 1 (at least 1)"
+    )
+    snapshot_interval_s: int = documented(
+        duration(), "how often the scores are kept for the charts", default=900
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StorageConfig:
+    path: Path = documented(path(), "the one file", default=Path("data/condor.db"))
+    keep_payloads_s: int = documented(
+        duration(),
+        "after scoring; pruned in small steps. What costs disk: about 5 MB a model and day in the Condor "
+        "game; rescoring and the full explanation of a score reach as far back",
+        default=8 * 86400,
+    )
+    keep_predictions_s: int = documented(
+        duration(), "predictions and their scores, after scoring", default=30 * 86400
+    )
+    keep_prices_s: int = documented(
+        duration(), "not shorter than `feed.history`, nor than the longest round takes", default=35 * 86400
+    )
+    keep_snapshots_s: int = documented(duration(), "the charts' reach", default=30 * 86400)
+
+
+@dataclass(frozen=True, slots=True)
+class ReportConfig:
+    host: str = documented(host(), "where the API and the dashboard listen", default="127.0.0.1")
+    port: int = documented(integer(0, 65535), "0 = any free one, printed at start", default=8000)
+    cors_origins: tuple[str, ...] = documented(
+        strings(
+            'must be a list of origins, such as ["https://example.org"], or ["*"]',
+            lambda origin: origin == "*" or is_web_address(origin, origin=True),
+        ),
+        "web pages from these origins may read the API",
+        default=(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    level: str = documented(
+        choice("debug", "info", "warning", "error"), "`debug`, `info`, `warning` or `error`", default="info"
+    )
+    format: str = documented(choice("console", "json"), "`console` or `json`", default="console")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    game: GameConfig
+    feed: FeedConfig
+    orchestrator: OrchestratorConfig
+    predict: PredictConfig
+    scoring: ScoringConfig
+    storage: StorageConfig
+    report: ReportConfig
+    log: LogConfig
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "game": GameConfig,
+    "feed": FeedConfig,
+    "orchestrator": OrchestratorConfig,
+    "predict": PredictConfig,
+    "scoring": ScoringConfig,
+    "storage": StorageConfig,
+    "report": ReportConfig,
+    "log": LogConfig,
+}
+
+
+def keys() -> tuple[Key, ...]:
+    """Every key, in the order of the documentation."""
+    found: list[Key] = []
+    for section, record in SECTIONS.items():
+        found.extend(
+            _key(section, entry.name, entry.default, entry.metadata["documented"])
+            for entry in fields(record)
+            if "documented" in entry.metadata
+        )
+        found.extend(BLOCK_KEYS if section == "game" else ())
+    return tuple(found)
+
+
+def table() -> str:
+    """The README's table of all keys, in markdown."""
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for key in keys():
+        in_words = " " in key.default or key.default == "required"
+        default = key.default if in_words else f"`{key.default}`"
+        rows.append(f"| `{key.name}` | {default} | {key.meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def _key(section: str, name: str, default: Any, about: Documented) -> Key:
+    written = about.default
+    if written is None:
+        if about.kind.name == "duration":
+            default = shown_duration(default)
+        elif default is None:
+            default = ""
+        written = shown(list(default) if isinstance(default, tuple) else default)
+    return Key(section, name.removesuffix("_s"), name, written, about.meaning, about.kind, about.secret)
+
+
+def _read_base_url(value: Any) -> str:
+    if value == "" or (isinstance(value, str) and is_web_address(value)):
+        return str(value).rstrip("/")
+    raise WrongValueError('must be an http(s) address without a query, such as "http://127.0.0.1:8080"')
