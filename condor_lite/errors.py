@@ -23,3 +23,16 @@ class InvalidAnswer(CondorError):
 
 class StorageError(CondorError):
     """The database can't be opened or used."""
+
+
+class StorageUnavailable(StorageError):
+    """The database can't be used just now (locked, disk full). Nothing was written; it may be tried again."""
+
+
+class QueryTimeout(StorageError):
+    """A query of the report took too long and was given up."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(
+            f"the query took longer than {limit_s:g} s and was given up; ask for less, or try again later"
+        )

@@ -53,7 +53,8 @@ MIGRATIONS: tuple[str, ...] = (
         scheduled_at_s  INTEGER NOT NULL,
         resolvable_at_s INTEGER NOT NULL,
         performed_at_ms INTEGER,
-        status          TEXT NOT NULL CHECK (status IN ('open', 'closed', 'scored', 'void', 'missed', 'skipped')),
+        status          TEXT NOT NULL
+                        CHECK (status IN ('open', 'closed', 'scored', 'void', 'missed', 'skipped')),
         reason          TEXT,
         validated       INTEGER NOT NULL DEFAULT 0 CHECK (validated IN (0, 1)),
         answered        INTEGER NOT NULL DEFAULT 0,
@@ -61,10 +62,12 @@ MIGRATIONS: tuple[str, ...] = (
         timed_out       INTEGER NOT NULL DEFAULT 0,
         absent          INTEGER NOT NULL DEFAULT 0,
         absent_models   TEXT NOT NULL DEFAULT '[]',
+        has_payloads    INTEGER NOT NULL DEFAULT 0 CHECK (has_payloads IN (0, 1)),
         UNIQUE (asset, horizon_s, step_s, scheduled_at_s)
     ) STRICT;
     CREATE INDEX round_by_time ON round (scheduled_at_s);
-    CREATE INDEX round_pending ON round (status, resolvable_at_s) WHERE status IN ('open', 'closed');
+    CREATE INDEX round_by_status ON round (status, resolvable_at_s);
+    CREATE INDEX round_with_payloads ON round (resolvable_at_s) WHERE has_payloads = 1;
 
     CREATE TABLE prediction (
         round_no       INTEGER NOT NULL REFERENCES round,
