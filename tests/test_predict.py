@@ -1,0 +1,180 @@
+"""The predict loop against real gRPC servers, on stepped time."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from condor_lite.game.entities import RoundStatus
+from tests import fleet
+from tests.fleet import ModelServer
+from tests.stage import CONFIG, START_S, staged, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_rounds_fall_on_the_grid_and_every_answer_is_stored(tmp_path: Path) -> None:
+    async with staged(tmp_path) as stage:
+        await stage.join(ModelServer("a"), ModelServer("b"))
+        await stage.play(95)
+        rounds = await stage.rows("SELECT asset, scheduled_at_s, status, answered FROM round ORDER BY round_no")
+        held = {(asset, at_s - START_S): (status, answered) for asset, at_s, status, answered in rounds}
+        # BTC at 0, 20, ..., ETH half an interval later; the last are still open or were open at the start
+        for at_s in (20, 40, 60, 80):
+            assert held["BTC", at_s] == ("closed", 2)
+        for at_s in (10, 30, 50, 70):
+            assert held["ETH", at_s] == ("closed", 2)
+        stored = await stage.rows("SELECT count(*) FROM payload")
+        assert stored[0][0] == sum(answered for _, answered in held.values())
+
+
+async def test_a_tick_brings_all_points_up_to_the_round_and_none_later(tmp_path: Path) -> None:
+    model = ModelServer("a")
+    async with staged(tmp_path) as stage:
+        await stage.join(model)
+        await stage.play(60)
+        seen: dict[str, list[int]] = {"BTC": [], "ETH": []}
+        for tick in model.ticks:
+            for asset, points in tick.items():
+                seen[asset] += [int(ts_s) for ts_s, _ in points]
+        for asset, times in seen.items():
+            assert times == sorted(set(times)), f"{asset}: points came twice or out of order"
+        assert max(seen["BTC"]) >= START_S + 60 - 5
+        history = model.ticks[0]["BTC"]
+        assert int(history[-1][0]) <= START_S, "the history goes no further than the round that is open"
+        assert len(history) >= 59, "an hour at one-minute resolution"
+
+
+async def test_a_model_that_gets_ready_while_a_round_is_open_is_asked_in_it(tmp_path: Path) -> None:
+    late = ModelServer("late")
+    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "9s"')) as stage:
+        await stage.join(ModelServer("a"))
+        await stage.play(21)  # BTC's round of :20 is open, and asked
+        await stage.join(late)
+        await until(lambda: late.predicts)
+        await stage.play(10)
+        assert (await stage.answers())["late", START_S + 20][0] == "SUCCESS"
+
+
+async def test_a_hanging_model_times_out_and_delays_no_other(tmp_path: Path) -> None:
+    hanging = ModelServer("hanging", fleet.hangs)
+    good = [ModelServer(f"good{number}") for number in range(3)]
+    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "1s"')) as stage:
+        await stage.join(hanging, *good)
+        await stage.play(30)
+        answers = await stage.answers()
+        assert answers["hanging", START_S + 20][0] == "TIMEOUT"
+        assert all(answers[model.model_id, START_S + 20][0] == "SUCCESS" for model in good)
+
+
+async def test_a_failing_model_is_told_why_and_given_up_at_the_limit(tmp_path: Path) -> None:
+    async with staged(tmp_path) as stage:
+        await stage.join(ModelServer("bad", fleet.raises), ModelServer("good"))
+        await stage.play(60)
+        status, detail = (await stage.answers())["bad", START_S + 10]
+        assert status == "FAILED"
+        assert detail == "the model raised: division by zero"
+        await until(lambda: stage.orchestrator.reports)
+        assert stage.orchestrator.reports[0]["failure_code"] == "MULTIPLE_FAILED"
+        assert "bad" not in stage.predict.fleet.running
+        assert "good" in stage.predict.fleet.running
+
+
+async def test_an_absent_model_is_counted_without_a_row(tmp_path: Path) -> None:
+    gone = ModelServer("gone")
+    async with staged(tmp_path) as stage:
+        await stage.join(gone, ModelServer("stays"))
+        await stage.play(30)
+        await stage.orchestrator.announce(gone, state="STOPPED")
+        await until(lambda: not stage.ready("gone"))
+        await stage.play(40)
+        rows = await stage.rows(
+            "SELECT answered, absent, absent_models FROM round WHERE scheduled_at_s = ? AND asset = 'BTC'", START_S + 60
+        )
+        assert rows == [(1, 1, "[1]")] or rows == [(1, 1, "[2]")]
+        assert ("gone", START_S + 60) not in await stage.answers()
+
+
+async def test_a_round_without_models_is_void(tmp_path: Path) -> None:
+    async with staged(tmp_path) as stage:
+        await stage.play(30)
+        rows = await stage.rows("SELECT DISTINCT status, reason FROM round WHERE status != 'open'")
+        assert rows == [("void", "no model was connected")]
+
+
+async def test_when_most_models_time_out_together_the_round_is_void_and_no_counter_moves(tmp_path: Path) -> None:
+    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "1s"')) as stage:
+        await stage.join(*(ModelServer(f"m{number}", fleet.hangs) for number in range(3)))
+        await stage.play(25)
+        void = [closed for closed in stage.closed if closed.status is RoundStatus.VOID]
+        assert void
+        assert all("host was at fault" in (closed.reason or "") for closed in void)
+        assert all(not known.consecutive_timeouts for known in stage.predict.participants.values())
+
+
+async def test_a_model_that_restarted_without_setup_is_set_up_again_with_its_history(tmp_path: Path) -> None:
+    model = ModelServer("a")
+    async with staged(tmp_path) as stage:
+        await stage.join(model, ModelServer("b"))
+        await stage.play(15)
+        model.instance = False
+        setups, ticks = model.setups, len(model.ticks)
+        await stage.play(10)
+        await until(lambda: model.setups > setups and stage.ready("a"))
+        assert len(max(model.ticks[ticks:], key=lambda tick: len(tick.get("BTC", [])))["BTC"]) >= 59
+        await stage.play(30)
+        assert (await stage.answers())["a", START_S + 40][0] == "SUCCESS"
+
+
+async def test_a_redeployment_is_a_fresh_model_under_the_same_id(tmp_path: Path) -> None:
+    old, new = ModelServer("a"), ModelServer("a", deployment=2)
+    async with staged(tmp_path) as stage:
+        await stage.join(old)
+        await stage.play(15)
+        await new.start()
+        stage.models.append(new)
+        await stage.orchestrator.announce(new)
+        await stage.orchestrator.announce(old, state="STOPPED")
+        await until(lambda: new.ticks and stage.ready("a"))
+        await stage.play(30)
+        assert new.predicts
+        deployments = await stage.rows("SELECT deployment_id FROM deployment ORDER BY first_seen_at_s")
+        assert deployments == [("a_1",), ("a_2",)]
+
+
+async def test_finishing_closes_the_rounds_in_flight_and_stores_them(tmp_path: Path) -> None:
+    async with staged(tmp_path) as stage:
+        await stage.join(ModelServer("a"))
+        await stage.play(20.5)
+        await stage.predict.finish(grace_s=5)
+        rows = await stage.rows("SELECT status, answered FROM round WHERE scheduled_at_s = ?", START_S + 20)
+        assert rows == [("closed", 1)]
+        assert stage.journal.waiting == 0
+
+
+async def test_a_locked_database_delays_storing_but_not_asking(tmp_path: Path) -> None:
+    model = ModelServer("a")
+    async with staged(tmp_path) as stage:
+        await stage.join(model)
+        await stage.play(1)
+        release = asyncio.Event()
+        write = stage.db.write
+
+        async def locked(*arguments: object) -> object:
+            if not release.is_set():
+                import sqlite3
+
+                raise sqlite3.OperationalError("database is locked")
+            return await write(*arguments)
+
+        stage.db.write = locked  # type: ignore[method-assign]
+        await stage.clock.run_until(stage.clock.now() + 60)
+        assert len(model.predicts) >= 5
+        assert stage.journal.failing == "database is locked"
+        release.set()
+        await stage.journal.flushed()
+        assert stage.journal.failing is None
+        answered = await stage.rows("SELECT count(*) FROM prediction WHERE status = 'SUCCESS'")
+        assert answered[0][0] == len(model.predicts)
