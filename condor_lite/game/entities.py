@@ -59,7 +59,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One question to all models at one time. `round_no` is the database's number, None before it is stored."""
+    """One question to all models at one time. `round_no` is the database's number, None before storing."""
 
     asset: str
     horizon_s: int
