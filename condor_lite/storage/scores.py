@@ -1,0 +1,270 @@
+"""What came of the rounds: scores, scorers, leaderboards; and what is forgotten in time.
+
+Plain functions that run inside `Database.write` or `Database.read`; the first argument is the connection.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from condor_lite.config import StorageConfig
+from condor_lite.game.entities import Leaderboard, Round, RoundScores
+from condor_lite.storage.repositories import select_rounds
+
+# One element a (round, model): what the window sums are rebuilt from. `raw` is NaN where there is none.
+WINDOW_ROW = np.dtype(
+    [
+        ("asset", object),
+        ("horizon_s", np.int32),
+        ("step_s", np.int32),
+        ("resolvable_at_s", np.int64),
+        ("scheduled_at_s", np.int64),
+        ("round_no", np.int64),
+        ("no_move", np.float64),
+        ("median", np.float64),
+        ("model_no", np.int32),
+        ("raw", np.float64),
+        ("counted", np.float64),
+    ]
+)
+
+
+# Settling
+
+
+def rounds_to_settle(conn: sqlite3.Connection, resolvable_until_s: float, limit: int) -> list[Round]:
+    """Closed and validated rounds with `resolvable_at <= resolvable_until_s`, the oldest first."""
+    return select_rounds(
+        conn,
+        "status = 'closed' AND validated = 1 AND resolvable_at_s <= ? "
+        "ORDER BY resolvable_at_s, round_no LIMIT ?",
+        (resolvable_until_s, limit),
+    )
+
+
+def counted_models(conn: sqlite3.Connection, round_no: int) -> dict[int, bool]:
+    """The models (`model_no`) that a round counts for, and whether each has a valid answer.
+
+    Those that were asked, and those that were absent after having been asked in an earlier round.
+    """
+    scheduled_at_s, absent = conn.execute(
+        "SELECT scheduled_at_s, absent_models FROM round WHERE round_no = ?", (round_no,)
+    ).fetchone()
+    missing = set(json.loads(absent))
+    begun = conn.execute("SELECT model_no FROM model WHERE first_round_at_s <= ?", (scheduled_at_s,))
+    counted = {model_no: False for (model_no,) in begun if model_no in missing}
+    counted.update(
+        (model_no, bool(valid))
+        for model_no, valid in conn.execute(
+            "SELECT model_no, status = 'SUCCESS' FROM prediction WHERE round_no = ?", (round_no,)
+        )
+    )
+    return dict(sorted(counted.items()))
+
+
+def void_round(conn: sqlite3.Connection, round_no: int, reason: str) -> None:
+    """Let a round count for nobody. One that is scored stays so."""
+    conn.execute(
+        "UPDATE round SET status = 'void', reason = ? WHERE round_no = ? AND status IN ('open', 'closed')",
+        (reason, round_no),
+    )
+
+
+# Scores
+
+
+def current_scorer(conn: sqlite3.Connection, rule: str, target: str, fingerprint: str, at_s: float) -> int:
+    """The `scorer_version` of these rules: the newest one where it is theirs, otherwise a new one."""
+    newest = conn.execute(
+        "SELECT scorer_version, rule, target, fingerprint FROM scorer ORDER BY scorer_version DESC LIMIT 1"
+    ).fetchone()
+    if newest is not None and newest[1:] == (rule, target, fingerprint):
+        return int(newest[0])
+    (version,) = conn.execute(
+        "INSERT INTO scorer (rule, target, fingerprint, created_at_s) VALUES (?, ?, ?, ?) "
+        "RETURNING scorer_version",
+        (rule, target, fingerprint, int(at_s)),
+    ).fetchone()
+    return int(version)
+
+
+def save_round_scores(
+    conn: sqlite3.Connection,
+    round_no: int,
+    scorer_version: int,
+    scores: RoundScores,
+    resolved: int,
+    scored_at_ms: int,
+) -> bool:
+    """Store all of a round's scores and mark it as scored; `resolved` is its number of resolved segments.
+
+    False, and nothing written, if it was scored under this version before or is neither closed nor scored.
+    """
+    is_settled = conn.execute(
+        "SELECT 1 FROM round WHERE round_no = ? AND status IN ('closed', 'scored')", (round_no,)
+    ).fetchone()
+    if is_settled is None:
+        return False
+    inserted = conn.execute(
+        "INSERT INTO round_score (round_no, scorer_version, median, no_move, resolved, scored_at_ms) "
+        "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (round_no, scorer_version) DO NOTHING",
+        (round_no, scorer_version, float(scores.median), float(scores.no_move), resolved, scored_at_ms),
+    ).rowcount
+    if not inserted:
+        return False
+    conn.executemany(
+        "INSERT INTO score (round_no, scorer_version, model_no, raw, counted, score) "
+        "VALUES (?, ?, ?, ?, ?, ?)",
+        (
+            (
+                round_no,
+                scorer_version,
+                int(model_no),
+                None if score.raw is None else float(score.raw),
+                float(score.counted),
+                float(score.score),
+            )
+            for model_no, score in scores.models.items()
+        ),
+    )
+    conn.execute("UPDATE round SET status = 'scored', reason = NULL WHERE round_no = ?", (round_no,))
+    return True
+
+
+def load_window_rows(conn: sqlite3.Connection, scorer_version: int, since_s: float) -> npt.NDArray[np.void]:
+    """All scores of the rounds with `resolvable_at >= since_s`, by time: a structured array of WINDOW_ROW."""
+    return np.fromiter(
+        conn.execute(
+            "SELECT asset, horizon_s, step_s, resolvable_at_s, scheduled_at_s, round.round_no, no_move, "
+            "median, model_no, raw, counted FROM round CROSS JOIN round_score USING (round_no) "
+            "CROSS JOIN score USING (round_no, scorer_version) "
+            "WHERE round.status = 'scored' AND resolvable_at_s >= ? AND scorer_version = ? "
+            "ORDER BY resolvable_at_s, round.round_no, model_no",
+            (since_s, scorer_version),
+        ),
+        dtype=WINDOW_ROW,
+    )
+
+
+# The leaderboard
+
+
+def save_leaderboard(conn: sqlite3.Connection, leaderboard: Leaderboard, with_settings: bool) -> None:
+    """Store the ranks and scores of one moment, `with_settings` also those of each setting."""
+    when = (leaderboard.created_at_s, leaderboard.scorer_version)
+    conn.executemany(
+        "INSERT OR REPLACE INTO leaderboard (created_at_s, scorer_version, model_no, rank, score_recent, "
+        "score_steady, score_anchor) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            (
+                *when,
+                standing.model.model_no,
+                standing.rank,
+                standing.overall.recent,
+                standing.overall.steady,
+                standing.overall.anchor,
+            )
+            for standing in leaderboard.standings
+        ),
+    )
+    if with_settings:
+        conn.executemany(
+            "INSERT OR REPLACE INTO snapshot (created_at_s, scorer_version, model_no, asset, horizon_s, "
+            "step_s, score_recent, score_steady, score_anchor) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                (
+                    *when,
+                    standing.model.model_no,
+                    *key.rsplit("-", 2),
+                    scores.recent,
+                    scores.steady,
+                    scores.anchor,
+                )
+                for standing in leaderboard.standings
+                for key, scores in standing.by_setting.items()
+            ),
+        )
+
+
+# Forgetting
+
+
+def prune(conn: sqlite3.Connection, now_s: float, keep: StorageConfig, limit: int = 1000) -> bool:
+    """Delete about `limit` rows that are older than the host wants to keep; True while there is more to do.
+
+    A round, or a round's payloads, go whole, by `resolvable_at` and never while it waits to be scored. The
+    file uses the freed pages again.
+    """
+    deleted = 0
+    for step in (
+        _prune_payloads(conn, now_s - keep.keep_payloads_s, limit),
+        _prune_rounds(conn, now_s - keep.keep_predictions_s, limit),
+        _prune_prices(conn, now_s - keep.keep_prices_s, limit),
+        _prune_charts(conn, now_s - keep.keep_snapshots_s, limit),
+    ):
+        for rows in step:
+            deleted += rows
+            if deleted >= limit:
+                return True
+    return False
+
+
+def _prune_payloads(conn: sqlite3.Connection, before_s: float, limit: int) -> Iterator[int]:
+    rounds = conn.execute(
+        "SELECT round_no FROM round WHERE has_payloads = 1 AND resolvable_at_s < ? "
+        "AND status NOT IN ('open', 'closed') ORDER BY resolvable_at_s LIMIT ?",
+        (before_s, limit),
+    )
+    for (round_no,) in rounds.fetchall():
+        rows = conn.execute("DELETE FROM payload WHERE round_no = ?", (round_no,)).rowcount
+        conn.execute("UPDATE round SET has_payloads = 0 WHERE round_no = ?", (round_no,))
+        yield rows
+
+
+def _prune_rounds(conn: sqlite3.Connection, before_s: float, limit: int) -> Iterator[int]:
+    rounds = conn.execute(
+        "SELECT round_no FROM round WHERE scheduled_at_s < ?1 AND resolvable_at_s < ?1 "
+        "AND status NOT IN ('open', 'closed') ORDER BY scheduled_at_s LIMIT ?2",
+        (before_s, limit),
+    )
+    for (round_no,) in rounds.fetchall():
+        yield sum(
+            conn.execute(delete, (round_no,)).rowcount
+            for delete in (
+                "DELETE FROM score WHERE round_no = ?",
+                "DELETE FROM round_score WHERE round_no = ?",
+                "DELETE FROM payload WHERE round_no = ?",
+                "DELETE FROM prediction WHERE round_no = ?",
+                "DELETE FROM round WHERE round_no = ?",
+            )
+        )
+
+
+def _prune_prices(conn: sqlite3.Connection, before_s: float, limit: int) -> Iterator[int]:
+    asset = ""
+    # From asset to asset by the key: SELECT DISTINCT would read every price.
+    next_asset = "SELECT asset FROM price WHERE asset > ? ORDER BY asset LIMIT 1"
+    while row := conn.execute(next_asset, (asset,)).fetchone():
+        (asset,) = row
+        yield conn.execute(
+            "DELETE FROM price WHERE asset = ?1 AND ts_s IN "
+            "(SELECT ts_s FROM price WHERE asset = ?1 AND ts_s < ?2 ORDER BY ts_s LIMIT ?3)",
+            (asset, before_s, limit),
+        ).rowcount
+
+
+def _prune_charts(conn: sqlite3.Connection, before_s: float, limit: int) -> Iterator[int]:
+    for delete in (
+        "DELETE FROM leaderboard WHERE (model_no, created_at_s) IN "
+        "(SELECT model_no, created_at_s FROM leaderboard "
+        "WHERE created_at_s < ? ORDER BY created_at_s LIMIT ?)",
+        "DELETE FROM snapshot WHERE (model_no, created_at_s, asset, horizon_s, step_s) IN "
+        "(SELECT model_no, created_at_s, asset, horizon_s, step_s FROM snapshot "
+        "WHERE created_at_s < ? ORDER BY created_at_s LIMIT ?)",
+    ):
+        yield conn.execute(delete, (before_s, limit)).rowcount
