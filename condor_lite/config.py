@@ -27,6 +27,7 @@ from condor_lite.config_sections import (
     keys,
     table,
 )
+from condor_lite.config_settings import read_settings
 from condor_lite.config_values import Key, is_file, is_folder, shown_duration
 from condor_lite.errors import ConfigError
 
@@ -87,7 +88,7 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
     )
     orchestrator = OrchestratorConfig(**given["orchestrator"])
     storage = StorageConfig(**given["storage"])
-    settings = document.settings(feed.tick_s if document.is_sound("feed.tick") else None)
+    settings = read_settings(document, feed.tick_s if document.is_sound("feed.tick") else None)
     config = Config(
         game=GameConfig(settings, **given["game"]),
         feed=feed,
@@ -125,7 +126,8 @@ def _check_feed(document: Document, config: Config) -> None:
         document.complain("feed.history", right)
     if document.is_sound("feed.tick", "feed.max_staleness") and feed.max_staleness_s < feed.tick_s:
         document.complain("feed.max_staleness", f'must be at least a tick, "{shown_duration(feed.tick_s)}"')
-    if game.settings and (extra := sorted(feed.symbols.keys() - set(game.assets))):
+    extra = sorted(feed.symbols.keys() - set(game.assets))
+    if extra and document.is_sound("game.settings"):
         right = f"no setting asks for {', '.join(extra)}, only for {', '.join(game.assets)}"
         document.complain("feed.symbols", right)
 

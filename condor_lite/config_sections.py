@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from condor_lite.config_document import BLOCK_KEYS
+from condor_lite.config_settings import BLOCK_KEYS
 from condor_lite.config_values import (
     Documented,
     Key,

@@ -127,7 +127,7 @@ def number(maximum: float) -> Kind:
 
     def read(value: Any, _: Path) -> float:
         if type(value) not in (int, float) or not 0 < value <= maximum:
-            raise WrongValueError(f"must be a number above 0 and at most {maximum:g}")
+            raise WrongValueError(f"must be a number above 0 and at most {maximum:.0f}")
         return float(value)
 
     return Kind("number", read)
