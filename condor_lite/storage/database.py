@@ -9,46 +9,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
-from urllib.parse import quote
 
 import aiosqlite
 import anyio
 import structlog
 
-from condor_lite.errors import QueryTimeout, StorageError, StorageUnavailable
+from condor_lite.errors import QueryTimeout, StorageError
+from condor_lite.storage.connection import (
+    BUSY_TIMEOUT_S,
+    checked_version,
+    connect_reader,
+    connect_writer,
+    explain,
+    opening,
+    require_sqlite,
+    result_code,
+    uri,
+)
+from condor_lite.storage.lock import GameLock
 from condor_lite.storage.schema import MIGRATIONS
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-APPLICATION_ID = 0x436F6E4C  # "ConL" in the file's header: tells our file from any other program's
-BUSY_TIMEOUT_S = 5.0
 QUERY_LIMIT_S = 2.0
 READERS = 3
 
-_OLDEST_SQLITE = (3, 37, 0)  # STRICT tables
-_JOURNAL_SIZE_LIMIT = 64 * 2**20
 _STEPS_BETWEEN_CHECKS = 10_000  # of SQLite's virtual machine: about a millisecond
-
-# Conditions that pass, or that the host can end, without the file being wrong.
-_PASSING = {
-    sqlite3.SQLITE_BUSY: "another process holds the database",
-    sqlite3.SQLITE_LOCKED: "another process holds the database",
-    sqlite3.SQLITE_FULL: "the disk is full",
-    sqlite3.SQLITE_IOERR: "the disk reports an error",
-    sqlite3.SQLITE_READONLY: "the database is not writable",
-    sqlite3.SQLITE_CANTOPEN: "the database's files can't be opened",
-    sqlite3.SQLITE_NOMEM: "there is no memory left",
-}
 
 log = structlog.get_logger()
 
@@ -66,7 +61,7 @@ class Readers:
 
     async def open(self) -> None:
         for _ in range(self._count):
-            reader = _Reader(await aiosqlite.connect(_uri(self._path, "ro"), uri=True, isolation_level=None))
+            reader = _Reader(await aiosqlite.connect(uri(self._path, "ro"), uri=True, isolation_level=None))
             self._all.append(reader)
             await reader.connection.execute_fetchall("PRAGMA query_only = ON")
             reader.connection.row_factory = sqlite3.Row
@@ -95,12 +90,14 @@ class Readers:
         except asyncio.CancelledError:
             reader.deadline_s = 0.0
             raise
-        except sqlite3.Error as error:
-            if _code(error) == sqlite3.SQLITE_INTERRUPT:
+        except (sqlite3.Error, ValueError) as error:
+            if self._closed:
+                raise StorageError("the database is closed") from error
+            if result_code(error) == sqlite3.SQLITE_INTERRUPT:
                 raise QueryTimeout(self._limit_s) from error
-            if (told := _told(error, self._path)) is None:
+            if (reason := explain(error, self._path)) is None:
                 raise
-            raise told from error
+            raise reason from error
 
     async def close(self) -> None:
         self._closed = True
@@ -145,9 +142,9 @@ class Database:
         self.path = Path(path).resolve()
         self.reports = Readers(self.path, limit_s=query_limit_s)
         self._busy_timeout_s = busy_timeout_s
-        self._lock: GameLock | None = None
-        self._writer = _Worker("condor-writer")
-        self._reader = _Worker("condor-reader")
+        self._opened = contextlib.AsyncExitStack()
+        self._writer = _Worker("condor-writer", self.path, "BEGIN IMMEDIATE")
+        self._reader = _Worker("condor-reader", self.path, "BEGIN")
 
     @classmethod
     async def open(cls, path: Path | str) -> Self:
@@ -157,9 +154,14 @@ class Database:
         try:
             # Shielded: a cancelled start must know what it has opened, and close it.
             with anyio.CancelScope(shield=True):
-                self._lock = await asyncio.to_thread(_prepare, self.path)
-                await self._writer.open(lambda: _connect_writer(self.path, self._busy_timeout_s))
-                await self._reader.open(lambda: _connect_reader(self.path, "ro", self._busy_timeout_s))
+                # What is opened last is closed first: the readers before the writer, as the connection that
+                # closes last takes the -wal with it, if it may write.
+                self._opened.callback((await asyncio.to_thread(_prepare, self.path)).release)
+                self._opened.push_async_callback(self._writer.close, _close_writer)
+                await self._writer.open(lambda: connect_writer(self.path, self._busy_timeout_s))
+                self._opened.push_async_callback(self._reader.close, sqlite3.Connection.close)
+                await self._reader.open(lambda: connect_reader(self.path, "ro", self._busy_timeout_s))
+                self._opened.push_async_callback(self.reports.close)
                 await self.reports.open()
         except BaseException:
             await self.close()
@@ -181,83 +183,43 @@ class Database:
         StorageUnavailable when another process keeps the database locked for longer than the busy time-out,
         or the disk is full: nothing is written then, and the same call may be made again.
         """
-        return await self._writer.run(lambda connection: self._write(connection, fn, *args, **kwargs))
+        return await self._writer.run(lambda connection: fn(connection, *args, **kwargs))
 
     async def read(
         self, fn: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Run `fn(connection, *args)` on the reader thread, on one snapshot that holds all earlier writes."""
-        return await self._reader.run(lambda connection: self._read(connection, fn, *args, **kwargs))
+        return await self._reader.run(lambda connection: fn(connection, *args, **kwargs))
 
     async def close(self) -> None:
         """Finish the writes that were asked for and close everything. A second call does nothing."""
         with anyio.CancelScope(shield=True):
-            # Readers first: the connection that closes last takes the -wal with it, if it may write.
-            await self.reports.close()
-            await self._reader.close(sqlite3.Connection.close)
-            await self._writer.close(_close_writer)
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None
-
-    def _write(
-        self,
-        connection: sqlite3.Connection,
-        fn: Callable[Concatenate[sqlite3.Connection, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                result = fn(connection, *args, **kwargs)
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:  # SQLite itself rolls back when the disk is full
-                    connection.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            if (told := _told(error, self.path)) is None:
-                raise
-            raise told from error
-        return result
-
-    def _read(
-        self,
-        connection: sqlite3.Connection,
-        fn: Callable[Concatenate[sqlite3.Connection, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        try:
-            connection.execute("BEGIN")
-            try:
-                return fn(connection, *args, **kwargs)
-            finally:
-                connection.execute("ROLLBACK")
-        except sqlite3.Error as error:
-            if (told := _told(error, self.path)) is None:
-                raise
-            raise told from error
+            await self._opened.aclose()
 
 
 class _Worker:
-    """A thread and the connection that only it touches."""
+    """A thread, and the connection that only it touches."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, path: Path, begin: str) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._path = path
+        self._begin = begin
         self._connection: sqlite3.Connection | None = None
-        self._closed = False
+        self._is_open = False
 
     async def open(self, connect: Callable[[], sqlite3.Connection]) -> None:
-        self._connection = await asyncio.wrap_future(self._executor.submit(connect))
+        def job() -> None:
+            self._connection = connect()
 
-    async def run(self, job: Callable[[sqlite3.Connection], T]) -> T:
-        connection = self._connection
-        if connection is None or self._closed:
+        await asyncio.wrap_future(self._executor.submit(job))
+        self._is_open = True
+
+    async def run(self, fn: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `fn` as one transaction on the thread."""
+        if not self._is_open:
             raise StorageError("the database is closed")
-        # wrap_future's cancellation is just what is promised: it drops what has not begun, and nothing else.
-        future = self._executor.submit(lambda: job(connection))
+        # A cancelled wrap_future does just what is promised: it drops what has not begun, and nothing else.
+        future = self._executor.submit(self._transact, fn)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -265,82 +227,37 @@ class _Worker:
             raise
 
     async def close(self, close: Callable[[sqlite3.Connection], None]) -> None:
-        self._closed = True
-        if self._connection is not None:
-            connection, self._connection = self._connection, None
-            await asyncio.wrap_future(self._executor.submit(lambda: close(connection)))
+        def job() -> None:
+            if self._connection is not None:
+                close(self._connection)
+
+        self._is_open = False
+        await asyncio.wrap_future(self._executor.submit(job))
         self._executor.shutdown(wait=False)
+
+    def _transact(self, fn: Callable[[sqlite3.Connection], T]) -> T:
+        assert self._connection is not None
+        connection = self._connection
+        try:
+            connection.execute(self._begin)
+            try:
+                result = fn(connection)
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # SQLite itself rolls back when the disk is full
+                    connection.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            if (reason := explain(error, self._path)) is None:
+                raise
+            raise reason from error
+        return result
 
 
 def _report_unseen(future: Future[T]) -> None:
     """A job whose caller was cancelled may still fail; then nobody else would say so."""
     if not future.cancelled() and (error := future.exception()) is not None:
         log.error("database_job_failed", error=str(error), kind=type(error).__name__)
-
-
-class GameLock:
-    """The lock file beside a database: one process runs a game. The kernel frees it when the holder dies.
-
-    The file stays, empty, when the lock is released: were it deleted, a second process could lock the deleted
-    file and a third the new one.
-    """
-
-    def __init__(self, database: Path) -> None:
-        """Take the lock. Raises StorageError, naming the holder, when it is taken."""
-        self.path = lock_path(database)
-        try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise StorageError(
-                f"can't write {self.path} ({_why(error)}); make it writable, or choose another storage.path"
-            ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = _pid(self._file)
-            os.close(self._file)
-            if isinstance(error, BlockingIOError):
-                raise StorageError(
-                    f"another condor_lite (pid {holder or 'unknown'}) runs this game; "
-                    f"stop it, or choose another storage.path than {database}"
-                ) from error
-            raise StorageError(
-                f"can't lock {self.path} ({_why(error)}); choose a storage.path on a local disk"
-            ) from error
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
-
-    def release(self) -> None:
-        os.ftruncate(self._file, 0)
-        os.close(self._file)
-
-
-def lock_path(database: Path) -> Path:
-    return database.with_name(database.name + ".lock")
-
-
-def lock_holder(database: Path) -> int | None:
-    """The pid of the process that runs this game (0 when it can't be told), None when nobody does."""
-    try:
-        file = os.open(lock_path(database.resolve()), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _pid(file) or 0
-    finally:
-        os.close(file)
-    return None
-
-
-def require_sqlite(version: tuple[int, ...] = sqlite3.sqlite_version_info) -> None:
-    """Raises StorageError when SQLite is too old for STRICT tables."""
-    if version < _OLDEST_SQLITE:
-        have, need = (".".join(map(str, numbers)) for numbers in (version, _OLDEST_SQLITE))
-        raise StorageError(
-            f"SQLite {have} is too old; install a Python that is linked with SQLite {need} or newer"
-        )
 
 
 def open_read_only(path: Path | str) -> sqlite3.Connection:
@@ -353,10 +270,10 @@ def open_read_only(path: Path | str) -> sqlite3.Connection:
     require_sqlite()
     if not path.is_file():
         raise StorageError(f"there is no database at {path}; start the game first, or correct storage.path")
-    with _opening(path):
-        connection = _connect_reader(path, "rw", BUSY_TIMEOUT_S)
+    with opening(path):
+        connection = connect_reader(path, "rw", BUSY_TIMEOUT_S)
         try:
-            version = _checked_version(connection, path)
+            version = checked_version(connection, path)
             if version < len(MIGRATIONS):
                 raise StorageError(
                     f"{path} is from an older condor_lite (schema {version}); start the game to upgrade it"
@@ -365,6 +282,15 @@ def open_read_only(path: Path | str) -> sqlite3.Connection:
             connection.close()
             raise
     return connection
+
+
+def _close_writer(connection: sqlite3.Connection) -> None:
+    # With a full disk, or another process reading, the log stays for the next start: nothing is lost.
+    with contextlib.suppress(sqlite3.Error):
+        connection.execute("PRAGMA analysis_limit = 400")
+        connection.execute("PRAGMA optimize")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
 
 
 def _prepare(path: Path) -> GameLock:
@@ -376,7 +302,7 @@ def _prepare(path: Path) -> GameLock:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"can't create the folder {path.parent} ({_why(error)}); choose another storage.path"
+            f"can't create the folder {path.parent} ({error.strerror}); choose another storage.path"
         ) from error
     for file in (path.parent, path):
         if file.exists() and not os.access(file, os.W_OK):
@@ -384,114 +310,3 @@ def _prepare(path: Path) -> GameLock:
                 f"{file} is not writable; change its owner or mode, or choose another storage.path"
             )
     return GameLock(path)
-
-
-def _connect_writer(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
-    with _opening(path):
-        connection = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None)
-        try:
-            _checked_version(connection, path)  # before anything in the file is changed
-            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-            if mode != "wal":
-                raise StorageError(
-                    f"{path} can't use a write-ahead log; choose a storage.path on a local disk"
-                )
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-            connection.execute(f"PRAGMA journal_size_limit = {_JOURNAL_SIZE_LIMIT}")
-            migrate(connection, path)
-        except BaseException:
-            connection.close()
-            raise
-    return connection
-
-
-def _connect_reader(path: Path, mode: str, busy_timeout_s: float) -> sqlite3.Connection:
-    connection = sqlite3.connect(_uri(path, mode), uri=True, timeout=busy_timeout_s, isolation_level=None)
-    connection.execute("PRAGMA query_only = ON")
-    return connection
-
-
-def _close_writer(connection: sqlite3.Connection) -> None:
-    # With a full disk, or another process reading, the log stays for the next start: nothing is lost.
-    with contextlib.suppress(sqlite3.Error):
-        connection.execute("PRAGMA optimize")
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    connection.close()
-
-
-def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str] = MIGRATIONS) -> None:
-    """Bring the file to the newest schema, each version in one transaction together with its number.
-
-    Raises StorageError if one fails; the file is then as it was before that one.
-    """
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    for number, script in enumerate(migrations[version:], start=version + 1):
-        try:
-            connection.executescript(
-                f"BEGIN IMMEDIATE;\n{script}\n"
-                f"PRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {number};\nCOMMIT;"
-            )
-        except sqlite3.Error as error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise StorageError(
-                f"{path} could not be upgraded to schema {number} ({error}); it is unchanged"
-            ) from error
-
-
-def _checked_version(connection: sqlite3.Connection, path: Path) -> int:
-    """The file's schema version; 0 for a new file. Raises StorageError if the file is not for this code."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (owner,) = connection.execute("PRAGMA application_id").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if owner != APPLICATION_ID and (version or owner or tables):
-        raise StorageError(f"{path} is the database of another program; choose another storage.path")
-    if version > len(MIGRATIONS):
-        raise StorageError(
-            f"{path} is from a newer condor_lite (schema {version}, this one knows {len(MIGRATIONS)}); "
-            "install that version, or choose another storage.path"
-        )
-    return int(version)
-
-
-@contextlib.contextmanager
-def _opening(path: Path) -> Iterator[None]:
-    """Errors of SQLite while a file is opened, as sentences that say what to do."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        if _code(error) == sqlite3.SQLITE_NOTADB:
-            raise StorageError(f"{path} is not a SQLite database; choose another storage.path") from error
-        told = _told(error, path)
-        raise told or StorageError(
-            f"{path} can't be opened ({error}); choose another storage.path"
-        ) from error
-
-
-def _told(error: sqlite3.Error, path: Path) -> StorageError | None:
-    """What a host can do about an error, or None for one that is a mistake in the code."""
-    code = _code(error)
-    if code in _PASSING:
-        return StorageUnavailable(f"{_PASSING[code]}: {path} ({error})")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return StorageError(f"{path} is damaged ({error}); restore it from a backup")
-    return None
-
-
-def _code(error: sqlite3.Error) -> int:
-    """SQLite's primary result code; 0 for an error of the Python module itself."""
-    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
-
-
-def _uri(path: Path, mode: str) -> str:
-    return f"file:{quote(str(path))}?mode={mode}"
-
-
-def _pid(file: int) -> int | None:
-    text = os.pread(file, 32, 0).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _why(error: OSError) -> str:
-    return error.strerror or str(error)

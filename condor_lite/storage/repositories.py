@@ -328,7 +328,9 @@ def _count_answers(conn: sqlite3.Connection, round_no: int) -> None:
 
 
 def _model(row: Sequence[Any]) -> Model:
-    return Model(row[0], ModelInfo(*row[1:7], bool(row[7])), *row[8:])
+    model_no, model_id, name, cruncher_id, cruncher, deployment_id, code_hash, benchmark, *times = row
+    info = ModelInfo(model_id, name, cruncher_id, cruncher, deployment_id, code_hash, bool(benchmark))
+    return Model(model_no, info, *times)
 
 
 def _round(asset: str, horizon_s: int, step_s: int, scheduled_at_s: int, status: str, *rest: Any) -> Round:
