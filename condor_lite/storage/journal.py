@@ -67,7 +67,12 @@ class Journal:
         `lost(error)` runs where it raised something that trying again won't cure, and was dropped. `size` is the payload's bytes; an entry that has some is refused (False) when the journal is full.
         """
         if size and self._waiting_bytes + size > self._max_bytes:
-            log.error("journal_full", waiting=len(self._entries), waiting_bytes=self._waiting_bytes, why=self.failing)
+            log.error(
+                "journal_full",
+                waiting=len(self._entries),
+                waiting_bytes=self._waiting_bytes,
+                why=self.failing,
+            )
             return False
         self._entries.append(_Entry(apply, arguments, then, lost, size))
         self._waiting_bytes += size

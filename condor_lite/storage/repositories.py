@@ -159,7 +159,10 @@ def touch_models(conn: sqlite3.Connection, model_nos: Iterable[int], at_s: float
 
 
 def open_rounds(conn: sqlite3.Connection, rounds: Iterable[Round]) -> list[int | None]:
-    """Store rounds that are about to be asked; their `round_no`, None for one that is stored already."""
+    """Store rounds that are about to be asked; their `round_no` (a new one where it is None), or None.
+
+    None stands for a round that is stored already.
+    """
     return [_insert_round(conn, round_) for round_ in rounds]
 
 
@@ -167,6 +170,12 @@ def record_rounds(conn: sqlite3.Connection, rounds: Iterable[Round]) -> None:
     """Store rounds that were not held (missed, skipped, void); those stored already are left as they are."""
     for round_ in rounds:
         _insert_round(conn, round_)
+
+
+def next_round_no(conn: sqlite3.Connection) -> int:
+    """A `round_no` above every one in use. The predict loop numbers its rounds itself, to ask before it stores."""
+    (newest_no,) = conn.execute("SELECT coalesce(max(round_no), 0) FROM round").fetchone()
+    return int(newest_no) + 1
 
 
 def newest_round_s(conn: sqlite3.Connection) -> dict[str, int]:
@@ -277,10 +286,11 @@ def select_rounds(conn: sqlite3.Connection, condition: str, params: Sequence[obj
 
 def _insert_round(conn: sqlite3.Connection, round_: Round) -> int | None:
     row = conn.execute(
-        "INSERT INTO round (asset, horizon_s, step_s, scheduled_at_s, resolvable_at_s, performed_at_ms, "
-        "status, reason) VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
+        "INSERT INTO round (round_no, asset, horizon_s, step_s, scheduled_at_s, resolvable_at_s, "
+        "performed_at_ms, status, reason) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) "
         "ON CONFLICT (asset, horizon_s, step_s, scheduled_at_s) DO NOTHING RETURNING round_no",
         (
+            round_.round_no,
             round_.asset,
             round_.horizon_s,
             round_.step_s,
