@@ -159,9 +159,9 @@ def touch_models(conn: sqlite3.Connection, model_nos: Iterable[int], at_s: float
 
 
 def open_rounds(conn: sqlite3.Connection, rounds: Iterable[Round]) -> list[int | None]:
-    """Store rounds that are about to be asked; their `round_no` (a new one where it is None), or None.
+    """Store rounds that are about to be asked; their `round_no`, None for one that is stored already.
 
-    None stands for a round that is stored already.
+    A round that brings a `round_no` keeps it, so that its answers can be queued behind it.
     """
     return [_insert_round(conn, round_) for round_ in rounds]
 
@@ -173,7 +173,7 @@ def record_rounds(conn: sqlite3.Connection, rounds: Iterable[Round]) -> None:
 
 
 def next_round_no(conn: sqlite3.Connection) -> int:
-    """A `round_no` above every one in use. The predict loop numbers its rounds itself, to ask before it stores."""
+    """The first `round_no` above all in use: the predict loop numbers its rounds, to ask before it stores."""
     (newest_no,) = conn.execute("SELECT coalesce(max(round_no), 0) FROM round").fetchone()
     return int(newest_no) + 1
 
