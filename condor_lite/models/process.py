@@ -1,0 +1,259 @@
+"""One model process, from the start of its interpreter to the end of its process group."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import site
+import socket
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from subprocess import DEVNULL
+
+import anyio
+import grpc
+from anyio.abc import Process
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from model_runner_client.grpc.generated.dynamic_subclass_pb2 import SetupRequest
+from model_runner_client.grpc.generated.dynamic_subclass_pb2_grpc import DynamicSubclassServiceStub
+
+from condor_lite.models.folder import ModelFolder
+
+LOG_BYTES = 1_000_000
+
+_PORT_TIMEOUT_S = 20.0
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+_PASSED_ON = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "TZ",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "SSL_CERT_FILE",
+)
+_SINGLE_THREADED = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+class LaunchError(Exception):
+    """A model's process could not be brought to serve. `final`: the same code will fail again."""
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        self.final = final
+        super().__init__(reason)
+
+
+class Guard:
+    """The process that ends what is left of the models when this one is killed (guard.py)."""
+
+    def __init__(self) -> None:
+        self._process: Process | None = None
+        self._pipe = -1
+
+    async def __aenter__(self) -> Guard:
+        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py"))]
+        read_end, self._pipe = os.pipe()
+        try:
+            self._process = await anyio.open_process(
+                command, stdin=read_end, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True, env={}
+            )
+        finally:
+            os.close(read_end)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        os.close(self._pipe)
+        if self._process:
+            with anyio.CancelScope(shield=True):
+                await self._process.wait()
+
+    def add(self, group: int) -> None:
+        self._tell(f"+{group}\n")
+
+    def forget(self, group: int) -> None:
+        self._tell(f"-{group}\n")
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # somebody killed it; the kernel still ends the hosts
+            os.write(self._pipe, line.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchSettings:
+    """What every model process of a game has in common. Times are wall seconds."""
+
+    base_class: str
+    log_dir: Path
+    guard: Guard
+    starting: anyio.Semaphore  # bounds how many interpreters start at once; no model code runs under it
+    setup_timeout_s: float
+    stop_grace_s: float
+
+
+class ModelProcess:
+    """A running host (host.py), set up and answering. Made by `launch`."""
+
+    def __init__(
+        self,
+        source: ModelFolder,
+        deployment_id: str,
+        process: Process,
+        control: socket.socket,
+        settings: LaunchSettings,
+    ) -> None:
+        self.source = source
+        self.deployment_id = deployment_id
+        self.port = 0
+        self._process = process
+        self._settings = settings
+        self._control = control
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def wait(self) -> str:
+        """Return when the process has ended; says how it ended."""
+        code = await self._process.wait()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        last_line = await anyio.to_thread.run_sync(_last_log_line, log_path(self._settings, self.source))
+        return f"{how} ({last_line})" if last_line else how
+
+    async def stop(self) -> None:
+        """End the process and all that it started: SIGTERM, SIGKILL after the grace. Not to be cancelled."""
+        with anyio.CancelScope(shield=True):
+            self._signal(signal.SIGTERM)
+            with anyio.move_on_after(self._settings.stop_grace_s):
+                await self._process.wait()
+            self._signal(signal.SIGKILL)
+            await self._process.wait()
+            self._settings.guard.forget(self.pid)
+            self._control.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    async def _read_port(self) -> None:
+        line = b""
+        with anyio.move_on_after(_PORT_TIMEOUT_S):
+            line = await asyncio.get_running_loop().sock_recv(self._control, 64)
+            if not line:
+                raise LaunchError(f"its process did not start: {await self.wait()}")
+        if not line:
+            raise LaunchError(f"its process did not serve within {_PORT_TIMEOUT_S:g} s")
+        self.port = int(line)
+
+    async def _probe(self) -> None:
+        """Health check, then Setup, so that a broken model is known before anybody is told of it."""
+        timeout_s = self._settings.setup_timeout_s
+        options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}", options=options) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            setup = DynamicSubclassServiceStub(channel).Setup
+            try:
+                await health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
+                response = await setup(SetupRequest(className=self._settings.base_class), timeout=timeout_s)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    reason = f"importing and creating the model took longer than {timeout_s:g} s"
+                    raise LaunchError(reason) from None
+                with anyio.move_on_after(1):
+                    raise LaunchError(f"its process ended in Setup: {await self.wait()}") from None
+                raise LaunchError(f"Setup failed: {error.code().name} {error.details()}") from None
+        status = response.status
+        if status.code != "SUCCESS":
+            raise LaunchError(status.message or status.code, final=status.code == "BAD_IMPLEMENTATION")
+
+
+async def launch(source: ModelFolder, deployment_id: str, settings: LaunchSettings) -> ModelProcess:
+    """Start a model and set it up. Raises LaunchError; leaves no process behind then, nor when cancelled.
+
+    To be called on the event loop's thread: the kernel ends the process with the thread that started it.
+    """
+    model: ModelProcess | None = None
+    try:
+        async with settings.starting:
+            model = await _spawn(source, deployment_id, settings)
+            await model._read_port()
+        await model._probe()
+    except BaseException:
+        if model:
+            await model.stop()
+        raise
+    return model
+
+
+async def _spawn(source: ModelFolder, deployment_id: str, settings: LaunchSettings) -> ModelProcess:
+    path = log_path(settings, source)
+    control, theirs = socket.socketpair()
+    try:
+        control.setblocking(False)
+        with theirs, anyio.CancelScope(shield=True):  # a process that nobody knows of could not be ended
+            process = await _open_process(source, deployment_id, path, theirs)
+    except OSError as error:
+        control.close()
+        raise LaunchError(f"its process can't be started: {error}") from None
+    settings.guard.add(process.pid)
+    return ModelProcess(source, deployment_id, process, control, settings)
+
+
+async def _open_process(
+    source: ModelFolder, deployment_id: str, path: Path, control: socket.socket
+) -> Process:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as log:
+        log.write(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} deployment {deployment_id}\n".encode())
+        log.flush()
+        return await anyio.open_process(
+            [
+                *(sys.executable, "-P", "-m", "condor_lite.models.host"),
+                *(str(source.path), str(control.fileno()), str(os.getpid()), str(path), str(LOG_BYTES)),
+            ],
+            stdin=DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=source.path,
+            env=_environment(),
+            pass_fds=(control.fileno(),),
+            start_new_session=True,
+        )
+
+
+def log_path(settings: LaunchSettings, source: ModelFolder) -> Path:
+    """Where a model's own output goes."""
+    return settings.log_dir / f"{source.model_id}.log"
+
+
+def _environment() -> dict[str, str]:
+    """What a model may see of the environment: no secrets of the host's, and one thread for numerics."""
+    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if str(_PACKAGE_ROOT) not in (*site.getsitepackages(), site.getusersitepackages()):
+        paths.insert(0, str(_PACKAGE_ROOT))  # run from a checkout
+    if paths:
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return {
+        **environment,
+        **dict.fromkeys(_SINGLE_THREADED, "1"),
+        "GRPC_VERBOSITY": "NONE",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
+    }
+
+
+def _last_log_line(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 2000))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return "" if last.startswith("---") else last[:300]
