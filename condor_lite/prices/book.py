@@ -32,8 +32,7 @@ class PriceBook:
         self._columns: dict[str, _Column] = {}
 
     def add(self, asset: str, points: Iterable[Point]) -> list[Point]:
-        """Take in `points`, in any order; return those that are new, ascending. A price that is there
-        stands."""
+        """Take in `points`, in any order; return the new ones, ascending. A price that is there stands."""
         wanted = sorted(dict(points).items())
         if not wanted:
             return []
@@ -72,8 +71,7 @@ class PriceBook:
         return len(self.series(asset)[0])
 
     def series(self, asset: str) -> tuple[Times, Prices]:
-        """Every point held: times int64[k] ascending, prices float64[k]. Read-only; later points don't show
-        in it."""
+        """Every point held: times int64[k] ascending, prices float64[k]. Read-only, and as of now."""
         column = self._columns.get(asset)
         return column.read() if column else _Column().read()
 

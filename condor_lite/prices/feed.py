@@ -85,8 +85,7 @@ def make_source(config: Config) -> Source:
 
 @dataclass(frozen=True, slots=True)
 class FeedState:
-    """How one asset's feed is doing. Times are the game's clock; `age_s` and `price` are None before the
-    first point."""
+    """How one asset's feed is doing, on the game's clock. Before the first point it has no price and no age."""
 
     asset: str
     source: str
@@ -194,9 +193,9 @@ class Feed:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._keep_saving, name="feed-saving")
                 async with anyio.create_task_group() as followers:
-                    # A source that waits for nothing is asked for all assets at once: one tick for the models.
+                    # A source that waits for nothing is asked for all assets at once: one tick for models.
                     for group in [lines] if self._source.simulated else [[line] for line in lines]:
-                    followers.start_soon(self._follow, group, name=f"feed-{group[0].asset}")
+                        followers.start_soon(self._follow, group, name=f"feed-{group[0].asset}")
                 tasks.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True):

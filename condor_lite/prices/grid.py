@@ -87,8 +87,7 @@ def missing_tail(newest_s: int | None, now_s: int, *, tick_s: int, history_s: in
 
 
 def missing_head(oldest_s: int | None, now_s: int, *, tick_s: int, history_s: int) -> list[Span]:
-    """What lacks of the history before the oldest stored point: a longer `feed.history` than in the last
-    run."""
+    """What lacks before the oldest stored point, where the last run had a shorter `feed.history`."""
     step_s = history_step_s(tick_s)
     first_s = (now_s - history_s) // step_s * step_s
     if oldest_s is None or oldest_s - first_s <= step_s:
