@@ -315,6 +315,8 @@ class Fleet:
         self._socket = _WebSocket(
             config.orchestrator.host, port, config.game.crunch_id, event_handler=self._on_event
         )
+        # The client that this replaces would print a traceback at exit (its `__del__` registers this method).
+        self._cluster.ws_client.disconnect_sync = lambda: None
         self._cluster.ws_client = self._socket
         self._tasks: set[asyncio.Task[None]] = set()
         self._url = f"ws://{config.orchestrator.host}:{port}/{config.game.crunch_id}"

@@ -1,0 +1,227 @@
+"""Builds the game, runs its services, restarts what dies, and shuts all of it down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket as socket_module
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup, TaskStatus
+
+from condor_lite import __version__, stopping
+from condor_lite.clock import Clock, GameClock
+from condor_lite.config import Config
+from condor_lite.errors import CondorError
+from condor_lite.game.entities import Leaderboard, Round
+from condor_lite.models.orchestrator import Orchestrator
+from condor_lite.pool import ScoringPool
+from condor_lite.predict import PredictLoop
+from condor_lite.prices.feed import Feed, Source, make_source
+from condor_lite.prices.replay import ReplaySource
+from condor_lite.report import server
+from condor_lite.report.api import create_app
+from condor_lite.report.live import Live
+from condor_lite.score import ScoreLoop
+from condor_lite.storage import repositories
+from condor_lite.storage.database import Database
+from condor_lite.storage.journal import Journal
+
+log = structlog.get_logger()
+
+_RESTART_FIRST_S = 1.0
+_RESTART_MOST_S = 60.0
+_HEALTHY_AFTER_S = 60.0
+_STORE_WAIT_S = 3.0
+
+
+class Service:
+    """One named part of the game. When it raises, that is logged, and it is started again after a pause.
+
+    A part that says when it has started (`run` takes `task_status`) may refuse to start with a CondorError.
+    """
+
+    def __init__(self, name: str, run: Callable[..., Awaitable[None]]) -> None:
+        self.name = name
+        self.failure: str | None = None
+        """Why it is not running, None while it is."""
+        self.restarts = 0
+        self._run = run
+        self._scope = anyio.CancelScope()
+        self._ended = anyio.Event()
+
+    async def serve(self, *, task_status: TaskStatus[None] | None = None) -> None:
+        """Run until stopped."""
+        pause_s = _RESTART_FIRST_S
+        first = {} if task_status is None else {"task_status": task_status}
+        try:
+            with self._scope:
+                while True:
+                    started_s = time.monotonic()
+                    try:
+                        await self._run(**first)
+                        return
+                    except Exception as error:
+                        if first and isinstance(error, CondorError):
+                            raise
+                        if time.monotonic() - started_s > _HEALTHY_AFTER_S:
+                            pause_s = _RESTART_FIRST_S
+                        self.failure = f"{type(error).__name__}: {error}"
+                        self.restarts += 1
+                        log.exception("service_failed", service=self.name, restart_in_s=pause_s)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _RESTART_MOST_S)
+                    self.failure, first = None, {}
+                    log.info("service_restarted", service=self.name)
+        finally:
+            self._ended.set()
+
+    async def stop(self) -> None:
+        """Cancel it and wait until it has ended."""
+        self._scope.cancel()
+        await self._ended.wait()
+
+
+class Game:
+    """All parts of one running game."""
+
+    def __init__(self, config: Config, clock: Clock, db: Database, source: Source, orchestrator_port: int) -> None:
+        self.config = config
+        self.clock = clock
+        self.db = db
+        self.journal = Journal(db)
+        self.feed = Feed(config, clock, db, source)
+        self.live = Live(
+            config=config,
+            clock=clock,
+            started_at_s=clock.now(),
+            problems=self.problems,
+            feeds=self.feed.states,
+            connected=self._connected,
+        )
+        self.pool = ScoringPool(config)
+        self.score = ScoreLoop(config, clock, db, self.pool, self._on_leaderboard)
+        self.predict = PredictLoop(
+            config, clock, db, self.journal, self.feed, orchestrator_port, self._on_closed
+        )
+        self.feed.subscribe(lambda assets: self.score.wake())
+        self.services: list[Service] = []
+
+    def _on_closed(self, closed: Round) -> None:
+        self.score.wake()
+
+    def _on_leaderboard(self, leaderboard: Leaderboard) -> None:
+        self.live.publish(leaderboard)
+
+    def _connected(self) -> frozenset[str]:
+        return frozenset(self.predict.fleet.running)
+
+    def problems(self) -> list[str]:
+        """What keeps the game from being well, in words; empty when it is."""
+        found = [f"{service.name} is down: {service.failure}" for service in self.services if service.failure]
+        found += [
+            f"{state.asset} has no fresh price" + (f": the newest is {state.age_s:.0f} s old" if state.age_s else "")
+            for state in self.feed.states()
+            if state.stale and not self.feed.finished
+        ]
+        if not self.predict.fleet.connected:
+            found.append("the orchestrator is not connected")
+        if self.predict.late_s > 1.0:
+            found.append(f"the newest rounds opened {self.predict.late_s:.1f} s late")
+        if self.journal.failing:
+            found.append(f"the database can't be written: {self.journal.failing}")
+        return found
+
+
+def _clock(config: Config, source: Source, stored_s: float | None) -> Clock:
+    """The game's clock: a simulated one goes on where the game stopped, and no clock goes back."""
+    if isinstance(source, ReplaySource):
+        start_s = config.game.start_s or source.default_start_s
+        return GameClock(max(start_s, stored_s or 0.0), config.game.speed)
+    if config.game.speed != 1.0 or (stored_s is not None and stored_s > time.time() + 1):
+        return GameClock(stored_s if stored_s is not None else time.time(), config.game.speed)
+    return GameClock()
+
+
+async def run(config: Config) -> None:
+    """Run the game until it is asked to stop.
+
+    Raises CondorError (StartError, StorageError, ConfigError) where it can't start.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    stopping.when_asked(lambda: loop.call_soon_threadsafe(stop.set))
+    async with AsyncExitStack() as stack:
+        socket = server.bind(config.report.host, config.report.port)
+        stack.callback(socket.close)
+        db = await stack.enter_async_context(Database(config.storage.path))
+        source = make_source(config)
+        stack.push_async_callback(source.aclose)
+        clock = _clock(config, source, await db.read(repositories.load_clock))
+        failure: CondorError | None = None
+        async with anyio.create_task_group() as tasks:
+            try:
+                await _play(config, clock, db, source, socket, tasks, stop)
+            except CondorError as error:
+                failure = error  # raised outside of the group, which would wrap it
+                tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+    stopping.when_asked(None)
+
+
+async def _play(
+    config: Config,
+    clock: Clock,
+    db: Database,
+    source: Source,
+    socket: socket_module.socket,
+    tasks: TaskGroup,
+    stop: asyncio.Event,
+) -> None:
+    orchestrator = Orchestrator(config, config.storage.path.parent) if config.orchestrator.mode == "local" else None
+    models = Service("models", orchestrator.run) if orchestrator else None
+    if models and orchestrator:
+        await tasks.start(models.serve)
+    game = Game(config, clock, db, source, orchestrator.port if orchestrator else config.orchestrator.port)
+    await game.feed.start()
+    web = server.Server(create_app(game.live, db.reports), socket)
+    inner = [
+        Service("predict", game.predict.run),
+        Service("fleet", game.predict.fleet.run),
+        *([models] if models else []),
+        Service("score", game.score.run),
+        Service("feed", game.feed.run),
+        Service("journal", game.journal.run),
+        Service("report", web.run),
+    ]
+    game.services = inner
+    for service in inner:
+        if service is not models:
+            tasks.start_soon(service.serve, name=service.name)
+    _announce(config, source, socket)
+    gc.collect()
+    gc.freeze()  # a full collection of what start-up made would hold the loop 25 to 44 ms
+    await stop.wait()
+    log.info("stopping", grace_s=config.game.shutdown_grace_s)
+    with anyio.move_on_after(config.game.shutdown_grace_s + _STORE_WAIT_S):
+        await game.predict.finish(config.game.shutdown_grace_s)
+    for service in inner:
+        await service.stop()
+    await db.write(repositories.save_clock, clock.now())
+    log.info("stopped", stored="everything")
+
+
+def _announce(config: Config, source: Source, socket: socket_module.socket) -> None:
+    host, port = socket.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    prices = f"{source.name} (simulated)" if source.simulated else source.name
+    log.info("game_started", game=config.game.name, version=__version__, prices=prices, assets=config.game.assets)
+    log.info("look_here", url=f"http://{shown}:{port}", database=str(config.storage.path))
+    soonest = min(config.game.settings, key=lambda setting: setting.horizon_s)
+    wait_s = soonest.horizon_s + config.scoring.settle_delay_s + soonest.interval_s
+    log.info("first_scores", in_about_s=round(wait_s / config.game.speed), stop_with="Ctrl-C")
