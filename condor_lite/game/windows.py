@@ -282,10 +282,11 @@ class WindowSums:
 
     def _factors(self, own: NDArray[np.float64], game: NDArray[np.float64]) -> NDArray[np.float64]:
         """What turns a model's sum of gains into its score: 100 * 8n/(7n + N) / sum(a); [setting, model]."""
-        rounds = own[Sum.ROUNDS]
+        rounds: NDArray[np.float64] = own[Sum.ROUNDS]
         divisor = (7 * rounds + game[Sum.ROUNDS]) * own[Sum.UNIT]
-        shares: NDArray[np.float64] = weights / total if total > 0 else weights
-        return shares
+        factors: NDArray[np.float64] = np.zeros(rounds.shape)
+        np.divide(100 * 8 * rounds, divisor, out=factors, where=rounds > 0)
+        return factors
 
     def _shares(self, game: NDArray[np.float64]) -> NDArray[np.float64]:
         """The settings' weights among those with a scored round, summing to 1; [setting, 1].
