@@ -1,0 +1,171 @@
+"""A model's answer -> checked densities as flat arrays, in bounded time and memory.
+
+Two ways lead to the same `Densities`. Most answers are made of normal distributions: those are read straight
+into typed records (msgspec checks names and types while it parses) and checked as arrays. Everything else,
+and everything that fails there, goes through `Reader`, which walks the plain JSON and knows what to say to a
+participant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from condor_lite.errors import InvalidAnswer
+from condor_lite.game.answer import FURTHEST, HIGHEST_SCALE, LOWEST_SCALE, Limits, Reader
+from condor_lite.game.entities import Setting
+from condor_lite.game.families import NORM, Floats
+from condor_lite.game.mixture import Densities, Ints
+
+__all__ = ["Densities", "Limits", "decode"]
+
+
+def decode(
+    payload: bytes, setting: Setting, limits: Limits, *, rule: str = "crps", scale_unit: float = 1.0
+) -> Densities:
+    """Check an answer's JSON and turn it into arrays.
+
+    `scale_unit`: the price at t0 where the target is `price_change`, to which the bounds on scales and places
+    are relative; else 1. `rule` matters for `likelihood`, which a discrete distribution has none of. Raises
+    `InvalidAnswer` naming the first offending segment (1-based) and field.
+    """
+    n, limit = setting.segments, limits.payload_bytes(setting.segments)
+    if len(payload) > limit:
+        raise InvalidAnswer(
+            f"the answer has {len(payload)} bytes; at most {limit} are accepted for {n} segments"
+        )
+    normal = _decode_normal(payload, setting, limits, scale_unit)
+    if normal is not None:
+        return normal
+    return Reader(setting, limits, rule, scale_unit).read(_parse(payload))
+
+
+def _parse(payload: bytes) -> Any:
+    try:
+        return msgspec.json.decode(payload)
+    except UnicodeDecodeError:
+        raise InvalidAnswer("not JSON: the text is not UTF-8") from None
+    except RecursionError:
+        raise InvalidAnswer("not accepted: the JSON is nested too deeply") from None
+    except msgspec.DecodeError as error:
+        raise InvalidAnswer(f"not JSON: {error}") from None
+
+
+# --- the fast way: normal distributions and their mixtures --------------------------------------------------
+
+
+class _Params(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    loc: float = 0.0
+    scale: float = 1.0
+
+
+class _Normal(msgspec.Struct, gc=False):
+    type: Literal["builtin", "scipy"]
+    name: Literal["norm"]
+    params: _Params
+
+
+class _Component(msgspec.Struct, gc=False):
+    density: _Normal
+    weight: float
+
+
+class _Mixture(msgspec.Struct, gc=False):
+    type: Literal["mixture"]
+    components: list[_Component]
+
+
+class _FlatNormal(msgspec.Struct, gc=False):
+    type: Literal["builtin", "scipy"]
+    name: Literal["norm"]
+    params: _Params
+    step: float | msgspec.UnsetType = msgspec.UNSET
+    prediction: msgspec.UnsetType = msgspec.UNSET
+
+
+class _FlatMixture(msgspec.Struct, gc=False):
+    type: Literal["mixture"]
+    components: list[_Component]
+    step: float | msgspec.UnsetType = msgspec.UNSET
+    prediction: msgspec.UnsetType = msgspec.UNSET
+
+
+class _WrappedNormal(msgspec.Struct, gc=False):
+    prediction: _Normal
+    step: float | msgspec.UnsetType = msgspec.UNSET
+    type: msgspec.UnsetType = msgspec.UNSET
+
+
+class _WrappedMixture(msgspec.Struct, gc=False):
+    prediction: _Mixture
+    step: float | msgspec.UnsetType = msgspec.UNSET
+    type: msgspec.UnsetType = msgspec.UNSET
+
+
+# What to read a payload as; where a segment's components are (None: it is a plain normal), where a leaf's
+# parameters.
+_SHAPES: tuple[tuple[Any, Callable[[Any], list[Any]] | None, Callable[[Any], _Params]], ...] = (
+    (
+        msgspec.json.Decoder(list[_WrappedMixture]),
+        attrgetter("prediction.components"),
+        attrgetter("density.params"),
+    ),
+    (msgspec.json.Decoder(list[_FlatMixture]), attrgetter("components"), attrgetter("density.params")),
+    (msgspec.json.Decoder(list[_WrappedNormal]), None, attrgetter("prediction.params")),
+    (msgspec.json.Decoder(list[_FlatNormal]), None, attrgetter("params")),
+)
+
+
+def _decode_normal(payload: bytes, setting: Setting, limits: Limits, unit: float) -> Densities | None:
+    """Densities, or None where the answer is of another kind or has a fault that `Reader` will name."""
+    for decoder, components_of, params_of in _SHAPES:
+        try:
+            segments = decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+        n = len(segments)
+        steps = [item.step for item in segments if item.step is not msgspec.UNSET]
+        if n != setting.segments or len(steps) not in (0, n):
+            return None
+        if steps and not np.array_equal(steps, np.arange(1, n + 1) * setting.step_s):
+            return None
+        if components_of is None:
+            leaves, counts, weight = segments, np.ones(n, np.intp), np.ones(n)
+        else:
+            groups = list(map(components_of, segments))
+            counts = np.fromiter(map(len, groups), np.intp, n)
+            if counts.min() < 1 or counts.max() > limits.max_components:
+                return None
+            leaves = list(chain.from_iterable(groups))
+            weight = np.array([leaf.weight for leaf in leaves])
+        params = list(map(params_of, leaves))
+        loc, scale = np.array([one.loc for one in params]), np.array([one.scale for one in params])
+        return _normals(counts, weight, loc, scale, unit)
+    return None
+
+
+def _normals(counts: Ints, weight: Floats, loc: Floats, scale: Floats, unit: float) -> Densities | None:
+    n = len(counts)
+    segment = np.repeat(np.arange(n), counts)
+    starts = np.cumsum(counts) - counts
+    largest = np.maximum.reduceat(weight, starts)
+    inside = (
+        weight.min() >= 0.0
+        and largest.min() > 0.0
+        and scale.min() >= LOWEST_SCALE * unit
+        and scale.max() <= HIGHEST_SCALE * unit
+        and np.abs(loc).max() <= FURTHEST * unit
+    )
+    if not inside:
+        return None
+    weight = weight / largest[segment]
+    weight /= np.add.reduceat(weight, starts)[segment]
+    none = np.zeros(len(loc))
+    family = np.full(len(loc), NORM, np.uint8)
+    densities = Densities(n, segment, family, weight, loc, scale, none, none)
+    return densities if weight.all() else densities.leaves(np.flatnonzero(weight))

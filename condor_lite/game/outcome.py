@@ -1,0 +1,98 @@
+"""What happened: realised increments from prices, and when a round's prices are final."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from condor_lite.game.entities import Round, Setting
+from condor_lite.game.families import Floats
+
+Seconds = npt.NDArray[np.int64]
+
+BASIS_POINTS = 1e4
+WAIT, SCORE = "wait", "score"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Series:
+    """One asset's prices: `ts_s` int64[k], epoch seconds UTC, ascending; `price` float64[k]."""
+
+    ts_s: Seconds
+    price: Floats
+
+    @property
+    def newest_s(self) -> int | None:
+        return int(self.ts_s[-1]) if len(self.ts_s) else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Realised:
+    """The outcome of one round with `n` segments.
+
+    `boundary_ts_s` int64[n + 1] are the grid times t_0 .. t_n; `boundary_price` float64[n + 1] the prices
+    there, NaN where not fresh; `increments` float64[n] the log returns or price differences, NaN where
+    unresolved; `unit` turns an increment into basis points; `no_move` is the mean |x_k| over the resolved
+    segments in bp, NaN without any.
+    """
+
+    boundary_ts_s: Seconds
+    boundary_price: Floats
+    increments: Floats
+    resolved: int
+    unit: float
+    no_move: float
+
+    @property
+    def void_reason(self) -> str | None:
+        """Why this outcome can't be scored, or None."""
+        n = len(self.increments)
+        if 2 * self.resolved < n:
+            return f"prices resolve only {self.resolved} of {n} segments"
+        if not np.isfinite(self.unit):
+            return "there is no price at the start of the round"
+        return None
+
+
+def realise(series: Series, setting: Setting, scheduled_at_s: int, tick_s: int, target: str) -> Realised:
+    """The increments of a round over its segments `(t0 + (k-1)*step, t0 + k*step]`.
+
+    P(tau) is the last price with timestamp <= tau, fresh when less than `tick_s` old; a segment is resolved
+    when both its end points are fresh, a zero increment included. `target`: "log_return" or "price_change".
+    """
+    boundary_ts_s = scheduled_at_s + setting.step_s * np.arange(setting.segments + 1, dtype=np.int64)
+    last = np.searchsorted(series.ts_s, boundary_ts_s, side="right") - 1
+    price = np.full(len(boundary_ts_s), np.nan)
+    known = last >= 0
+    price[known] = series.price[last[known]]
+    usable = np.isfinite(price) & (price > 0.0)
+    start = float(price[0]) if usable[0] else float("nan")
+    age_s = np.full(len(boundary_ts_s), tick_s, np.int64)
+    age_s[known] = boundary_ts_s[known] - series.ts_s[last[known]]
+    price[~usable | (age_s >= tick_s)] = np.nan
+    if target == "price_change":
+        increments, unit = np.diff(price), BASIS_POINTS / start
+    else:
+        increments, unit = np.log1p(np.diff(price) / price[:-1]), BASIS_POINTS
+    resolved = np.isfinite(increments)
+    count = int(resolved.sum())
+    no_move = float(np.abs(increments[resolved]).mean() * unit) if count else float("nan")
+    return Realised(boundary_ts_s, price, increments, count, unit, no_move)
+
+
+def verdict(
+    newest_s: int | None, now_s: float, round_: Round, *, settle_delay_s: int, void_after_s: int
+) -> str:
+    """`WAIT`, `SCORE` (its prices can no longer change), or the reason why the round is void.
+
+    `newest_s` is the asset's newest price, `now_s` the game's clock. Whether enough segments are resolved
+    shows once the outcome is known: `Realised.void_reason`.
+    """
+    resolvable_at_s = round_.resolvable_at_s
+    if newest_s is not None and newest_s >= resolvable_at_s:
+        return SCORE if now_s >= resolvable_at_s + settle_delay_s else WAIT
+    if now_s >= resolvable_at_s + void_after_s:
+        return f"no price of {round_.asset} came within {void_after_s} s of the end of the round"
+    return WAIT
