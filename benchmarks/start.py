@@ -37,7 +37,9 @@ def main() -> None:
                     lambda: client.get("/statistics").json()["total_predictions"] > 0, started_s, 60
                 )
                 first_score_s = _until(
-                    lambda: any(row["score"] is not None for row in client.get("/leaderboard").json()["models"]),
+                    lambda: any(
+                        row["score"] is not None for row in client.get("/leaderboard").json()["models"]
+                    ),
                     started_s,
                     180,
                 )
@@ -46,7 +48,7 @@ def main() -> None:
             game.wait(20)
     print(f"import model_runner_client alone   {reference_s:6.2f} s   1.00 (reference)")
     print(
-        f"start to first prediction          {first_prediction_s:6.2f} s   {first_prediction_s / reference_s:.2f}"
+        f"start to first prediction   {first_prediction_s:6.2f} s   {first_prediction_s / reference_s:.2f}"
         f"   {first_prediction_s / TARGET_PREDICTION_S:.2f} of the target of {TARGET_PREDICTION_S:.0f} s"
     )
     print(

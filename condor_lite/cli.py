@@ -17,8 +17,8 @@ def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     top = argparse.ArgumentParser(
         prog="condor-lite",
-        description="Host a live forecasting challenge in one process, on one SQLite file. Without a verb: run the "
-        "game in ./config.toml, or a demo where there is none.",
+        description="Host a live forecasting challenge in one process, on one SQLite file. Without a verb: "
+        "run the game in ./config.toml, or a demo where there is none.",
         epilog="Every key of the configuration can be overridden by the environment: "
         "CONDOR_LITE__REPORT__PORT=9000 sets report.port.",
     )
@@ -26,10 +26,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--config", type=Path, metavar="FILE", help="the configuration (default: ./config.toml)")
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
     verbs.add_parser("run", help="run the game (the default)")
-    verbs.add_parser("check", help="check the configuration and the environment, reporting every problem at once")
-    init = verbs.add_parser("init", help="write a new challenge: a config, a model, a README for participants")
+    verbs.add_parser(
+        "check", help="check the configuration and the environment, reporting every problem at once"
+    )
+    init = verbs.add_parser(
+        "init", help="write a new challenge: a config, a model, a README for participants"
+    )
     init.add_argument("directory", type=Path, metavar="DIR")
-    score = verbs.add_parser("score", help="explain a round's scores, or one model's score segment by segment")
+    score = verbs.add_parser(
+        "score", help="explain a round's scores, or one model's score segment by segment"
+    )
     score.add_argument("round_id", metavar="ROUND_ID", help="such as BTC-3600-60-1700000000")
     score.add_argument("model_id", metavar="MODEL_ID", nargs="?")
     return top
@@ -91,7 +97,8 @@ def _check(arguments: argparse.Namespace) -> int:
     if problems := check(config):
         _complain("problems:", *(f"  {problem}" for problem in problems))
         return EXIT_BAD_START
-    print(f"{path or 'the demo config'}: all good ({len(config.game.settings)} settings, {', '.join(config.game.assets)})")
+    asked = f"{len(config.game.settings)} settings on {', '.join(config.game.assets)}"
+    print(f"{path or 'the demo config'}: all good ({asked})")
     return 0
 
 

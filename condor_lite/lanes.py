@@ -1,7 +1,7 @@
 """A lane per model: one task that sends its model what is next, one call at a time.
 
-What is next follows from the watermark (the newest price that the model has been given, for each asset) and from
-the rounds that are open. A slow model makes only its own lane late.
+What is next follows from the watermark (the newest price that the model has been given, for each asset) and
+from the rounds that are open. A slow model makes only its own lane late.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import anyio
 import orjson
 import structlog
 from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest
@@ -29,7 +30,13 @@ _BUSY_PAUSE_S = 0.25
 _STARTS_A_TURN = 8  # of calls in one turn of the event loop
 _CACHED_TICKS = 16
 
-_HANDED_OVER = (Outcome.SUCCESS, Outcome.MODEL_FAILED, Outcome.BAD_IMPLEMENTATION, Outcome.PROTOCOL, Outcome.TOO_LARGE)
+_HANDED_OVER = (
+    Outcome.SUCCESS,
+    Outcome.MODEL_FAILED,
+    Outcome.BAD_IMPLEMENTATION,
+    Outcome.PROTOCOL,
+    Outcome.TOO_LARGE,
+)
 # the call reached the model's code, or would never do so
 
 Watermark = tuple[int, ...]
@@ -133,7 +140,7 @@ class Ticks:
         return tick
 
     async def history(self, until_s: int | None) -> Tick:
-        """The last `feed.history` up to `until_s`, encoded away from the loop and shared between newcomers."""
+        """The last `feed.history` up to `until_s`, encoded off the loop and shared by newcomers."""
         async with self._history_lock:
             newest = self._newest(until_s)
             if self._history is None or self._history[0] != newest:
@@ -173,12 +180,14 @@ class Floor:
 class Lane:
     """One connection's lane. `ready` is False while the model is still being fed its history."""
 
-    def __init__(self, participant: Participant, connection: Connection, floor: Floor, since_s: float) -> None:
+    def __init__(
+        self, participant: Participant, connection: Connection, floor: Floor, since_s: float
+    ) -> None:
         self.participant = participant
         self.connection = connection
         self.since_s = since_s
         self.ready = False
-        self.task: asyncio.Task[None] | None = None
+        self.scope = anyio.CancelScope()
         self._floor = floor
         self._asks: deque[OpenRound] = deque(floor.open_rounds)
         self._wake = asyncio.Event()
@@ -250,14 +259,16 @@ class Lane:
                 return
         reply = await self._call(open_round.request, self._left_s(open_round), open_round)
         if reply.payload is not None and len(reply.payload) > open_round.max_answer_bytes:
-            detail = f"the answer is too large: {len(reply.payload)} bytes, at most {open_round.max_answer_bytes}"
+            detail = (
+                f"the answer is too large: {len(reply.payload)} bytes, at most {open_round.max_answer_bytes}"
+            )
             reply = Reply(Outcome.TOO_LARGE, reply.exec_time_us, detail)
         floor.settle(open_round, participant, reply)
         if reply.outcome is Outcome.BAD_IMPLEMENTATION:
             floor.give_up(participant, "BAD_IMPLEMENTATION", reply.detail or "")
 
     async def _tick(self, tick: Tick, timeout_s: float, open_round: OpenRound | None = None) -> Reply:
-        """Send new points. A model that raised on them has had them; one that did not answer gets them again."""
+        """Send new points. A model that raised on them has had them; a silent one gets them again."""
         reply = await self._call(tick.request, timeout_s, open_round)
         if reply.outcome in _HANDED_OVER:
             self.participant.watermark = tick.watermark
@@ -274,7 +285,9 @@ class Lane:
             await floor.pacer.turn()
             left_s = until_s - loop.time()
             if left_s <= 0:
-                return Reply(Outcome.TIMEOUT, int(timeout_s * 1e6), "no time was left to ask before the deadline")
+                return Reply(
+                    Outcome.TIMEOUT, int(timeout_s * 1e6), "no time was left to ask before the deadline"
+                )
             reply = await self.connection.ask(request, left_s)
             if reply.outcome is Outcome.SETUP_MISSING:
                 floor.setup_missing(self.participant)

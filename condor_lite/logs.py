@@ -1,6 +1,7 @@
 """Structured logs: an event name plus fields, a line each, for a console or as JSON.
 
-Lines are written by a thread of their own: a terminal that is paused or a full pipe must not hold the event loop.
+Lines are written by a thread of their own: a terminal that is paused or a full pipe must not hold the event
+loop.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 
 class _Writer:
-    """A file for structlog that never blocks; lines that a stuck reader does not take are counted and dropped."""
+    """A file that never blocks; lines that a stuck reader does not take are counted and dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

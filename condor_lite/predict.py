@@ -1,7 +1,8 @@
-"""The predict loop: holds the rounds on the grid, asks whoever is ready, and has the answers stored as they come.
+"""The predict loop: holds the rounds on the grid, asks whoever is ready, and has the answers stored as they
+come.
 
-Nothing here waits for the database, the feed, the scoring or a model: writes go to the journal, and every model has
-a lane of its own.
+Nothing here waits for the database, the feed, the scoring or a model: writes go to the journal, and every
+model has a lane of its own.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class PredictLoop:
         self._all_answered = asyncio.Event()
         feed.subscribe(self._on_prices)
 
-    # -- life ----------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Hold rounds until cancelled. Started again after a failure, it goes on where it was."""
@@ -106,7 +107,7 @@ class PredictLoop:
                     participant.lane = None
 
     async def finish(self, grace_s: float) -> None:
-        """Open no more rounds, give those in flight up to `grace_s` (wall), close them, and have all of it stored."""
+        """Open no more rounds, give those in flight up to `grace_s` (wall), and store everything."""
         self._stopping = True
         self._check_all_answered()
         with anyio.move_on_after(grace_s):
@@ -176,7 +177,7 @@ class PredictLoop:
             self._journal.append(repositories.save_clock, self._clock.now())
             self._touch(self._connected())
 
-    # -- rounds --------------------------------------------------------------------------------------------------
+    # -- rounds ------------------------------------------------------------------------------------
 
     def _deadline_s(self, at_s: int, setting: Setting) -> float:
         return schedule.deadline_s(at_s, setting, self._config.predict.timeout_s * self._clock.speed)
@@ -202,12 +203,15 @@ class PredictLoop:
         for at_s, group in groupby(due, key=lambda item: item[0]):
             opened: list[OpenRound] = []
             for _, setting in group:
+                stale = self._stale(setting.asset, at_s)
                 if (late := self._deadline_s(at_s, setting)) <= now_s:
                     reason = f"the process was held up for {self._clock.wall_s(now_s - late):.0f} s"
                     self._record(self._round(at_s, setting, RoundStatus.MISSED, reason))
-                elif reason := self._stale(setting.asset, at_s):
-                    self._record(self._round(at_s, setting, RoundStatus.SKIPPED, reason))
-                elif not self._feed.finished:
+                elif self._feed.finished:
+                    continue
+                elif stale:
+                    self._record(self._round(at_s, setting, RoundStatus.SKIPPED, stale))
+                else:
                     opened.append(self._open(at_s, setting))
             if opened:
                 self._journal.append(repositories.open_rounds, [item.round for item in opened])
@@ -234,12 +238,15 @@ class PredictLoop:
         if newest_s is None:
             return f"no {asset} price yet"
         if (age_s := at_s - newest_s) > self._config.feed.max_staleness_s:
-            return f"the newest {asset} price is {age_s} s old (feed.max_staleness {self._config.feed.max_staleness_s} s)"
+            limit_s = self._config.feed.max_staleness_s
+            return f"the newest {asset} price is {age_s} s old (feed.max_staleness: {limit_s} s)"
         return None
 
     def _record(self, unheld: Round) -> None:
         self._journal.append(repositories.record_rounds, [unheld])
-        log.warning("round_not_held", round_id=unheld.round_id, status=str(unheld.status), reason=unheld.reason)
+        log.warning(
+            "round_not_held", round_id=unheld.round_id, status=str(unheld.status), reason=unheld.reason
+        )
 
     async def _keep(self, open_round: OpenRound) -> None:
         """Close the round at its deadline."""
@@ -262,7 +269,8 @@ class PredictLoop:
         if not open_round.asked:
             void_reason = void_reason or "no model was connected"
         elif len(open_round.asked) >= _SUSPECT_FROM and 2 * len(timed_out) > len(open_round.asked):
-            void_reason = f"{len(timed_out)} of {len(open_round.asked)} models timed out together: the host was at fault"
+            of_all = f"{len(timed_out)} of {len(open_round.asked)} models"
+            void_reason = f"{of_all} timed out together: the host was at fault"
         if void_reason is None:
             for no, status in open_round.outcomes.items():
                 self._count(by_no[no], status, stood_in_line=no in open_round.stood_in_line)
@@ -314,7 +322,7 @@ class PredictLoop:
         )
         self._on_closed(closed)
 
-    # -- answers -------------------------------------------------------------------------------------------------
+    # -- answers -----------------------------------------------------------------------------------
 
     def _settle(self, open_round: OpenRound, participant: Participant, reply: Reply) -> None:
         """A lane's call in a round has ended."""
@@ -338,7 +346,9 @@ class PredictLoop:
         )
         if not self._journal.append(repositories.add_answers, [answer], size=len(reply.payload or b"")):
             status = AnswerStatus.FAILED
-            refused = replace(answer, status=status, payload=None, detail="the host could not store the answer")
+            refused = replace(
+                answer, status=status, payload=None, detail="the host could not store the answer"
+            )
             self._journal.append(repositories.add_answers, [refused])
         open_round.outcomes[model_no] = status
         if participant.model.first_round_at_s is None:
@@ -357,7 +367,9 @@ class PredictLoop:
         elif not stood_in_line:
             participant.consecutive_timeouts += 1
         if participant.consecutive_failures >= limits.max_consecutive_failures:
-            reason = f"{participant.consecutive_failures} failures in a row, the last: {participant.last_error}"
+            reason = (
+                f"{participant.consecutive_failures} failures in a row, the last: {participant.last_error}"
+            )
             self._give_up(participant, "MULTIPLE_FAILED", reason)
         elif participant.consecutive_timeouts >= limits.max_consecutive_timeouts:
             reason = f"{participant.consecutive_timeouts} time-outs in a row"
@@ -375,7 +387,7 @@ class PredictLoop:
         if self._stopping and not any(self._unanswered(open_round) for open_round in self.open_rounds):
             self._all_answered.set()
 
-    # -- models --------------------------------------------------------------------------------------------------
+    # -- models ------------------------------------------------------------------------------------
 
     def _lanes(self) -> Iterable[Lane]:
         return [known.lane for known in self.participants.values() if known.lane is not None]
@@ -402,8 +414,7 @@ class PredictLoop:
         known = self.participants.get(connection.model_id)
         if known is not None and known.lane is not None and known.lane.connection is connection:
             lane, known.lane = known.lane, None
-            if lane.task is not None:
-                lane.task.cancel()
+            lane.scope.cancel()
             self._touch([known.model.model_no])
             log.info("model_left", model_id=connection.model_id)
 
@@ -428,13 +439,8 @@ class PredictLoop:
         log.info("model_joined", model_id=info.model_id, model=info.model_name, player=info.cruncher_name)
         while known.lane is lane:
             try:
-                lane.task = asyncio.ensure_future(lane.run())
-                await lane.task
-            except asyncio.CancelledError:
-                if lane.task.cancelled() and known.lane is not lane:
-                    return
-                lane.task.cancel()
-                raise
+                with anyio.CancelScope() as lane.scope:
+                    await lane.run()
             except Exception:
                 log.exception("lane_failed", model_id=info.model_id)
                 await asyncio.sleep(_LANE_RESTART_S)

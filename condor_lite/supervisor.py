@@ -8,6 +8,7 @@ import socket as socket_module
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 
 import anyio
 import structlog
@@ -89,7 +90,9 @@ class Service:
 class Game:
     """All parts of one running game."""
 
-    def __init__(self, config: Config, clock: Clock, db: Database, source: Source, orchestrator_port: int) -> None:
+    def __init__(
+        self, config: Config, clock: Clock, db: Database, source: Source, orchestrator_port: int
+    ) -> None:
         self.config = config
         self.clock = clock
         self.db = db
@@ -124,7 +127,8 @@ class Game:
         """What keeps the game from being well, in words; empty when it is."""
         found = [f"{service.name} is down: {service.failure}" for service in self.services if service.failure]
         found += [
-            f"{state.asset} has no fresh price" + (f": the newest is {state.age_s:.0f} s old" if state.age_s else "")
+            f"{state.asset} has no fresh price"
+            + (f": the newest is {state.age_s:.0f} s old" if state.age_s else "")
             for state in self.feed.states()
             if state.stale and not self.feed.finished
         ]
@@ -153,8 +157,7 @@ async def run(config: Config) -> None:
     Raises CondorError (StartError, StorageError, ConfigError) where it can't start.
     """
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    stopping.when_asked(lambda: loop.call_soon_threadsafe(stop.set))
+    stopping.when_asked(partial(_ask_to_stop, asyncio.get_running_loop(), stop))
     async with AsyncExitStack() as stack:
         socket = server.bind(config.report.host, config.report.port)
         stack.callback(socket.close)
@@ -174,6 +177,10 @@ async def run(config: Config) -> None:
     stopping.when_asked(None)
 
 
+def _ask_to_stop(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    loop.call_soon_threadsafe(stop.set)  # a signal handler may run in the middle of anything
+
+
 async def _play(
     config: Config,
     clock: Clock,
@@ -183,7 +190,9 @@ async def _play(
     tasks: TaskGroup,
     stop: asyncio.Event,
 ) -> None:
-    orchestrator = Orchestrator(config, config.storage.path.parent) if config.orchestrator.mode == "local" else None
+    orchestrator = (
+        Orchestrator(config, config.storage.path.parent) if config.orchestrator.mode == "local" else None
+    )
     models = Service("models", orchestrator.run) if orchestrator else None
     if models and orchestrator:
         await tasks.start(models.serve)
@@ -220,7 +229,9 @@ def _announce(config: Config, source: Source, socket: socket_module.socket) -> N
     host, port = socket.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     prices = f"{source.name} (simulated)" if source.simulated else source.name
-    log.info("game_started", game=config.game.name, version=__version__, prices=prices, assets=config.game.assets)
+    log.info(
+        "game_started", game=config.game.name, version=__version__, prices=prices, assets=config.game.assets
+    )
     log.info("look_here", url=f"http://{shown}:{port}", database=str(config.storage.path))
     soonest = min(config.game.settings, key=lambda setting: setting.horizon_s)
     wait_s = soonest.horizon_s + config.scoring.settle_delay_s + soonest.interval_s

@@ -1,4 +1,4 @@
-"""Models and an orchestrator at the wire: real gRPC servers and a real WebSocket, behaving as a test tells them."""
+"""Models and an orchestrator at the wire: real gRPC servers and a WebSocket, behaving as a test says."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def refusal(code: str, message: str = "") -> CallResponse:
 def normals(request: CallRequest, sigma: float = 1e-4) -> bytes:
     """A fitting answer to a predict request: a flat normal for each segment."""
     horizon_s, step_s = (
-        int.from_bytes(argument.data.value, "little", signed=True) for argument in request.methodArguments[1:3]
+        int.from_bytes(argument.data.value, "little", signed=True)
+        for argument in request.methodArguments[1:3]
     )
     density = {"type": "builtin", "name": "norm", "params": {"loc": 0.0, "scale": sigma * step_s**0.5}}
     return orjson.dumps([{"step": (k + 1) * step_s, **density} for k in range(horizon_s // step_s)])
@@ -81,7 +82,10 @@ class ModelServer(DynamicSubclassServiceServicer):
     _server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
-        options = [("grpc.max_receive_message_length", 64 * 2**20), ("grpc.max_send_message_length", 64 * 2**20)]
+        options = [
+            ("grpc.max_receive_message_length", 64 * 2**20),
+            ("grpc.max_send_message_length", 64 * 2**20),
+        ]
         self._server = grpc.aio.server(options=[*options, ("grpc.so_reuseport", 0)])
         add_DynamicSubclassServiceServicer_to_server(self, self._server)
         health = health_aio.HealthServicer()

@@ -19,7 +19,9 @@ async def test_rounds_fall_on_the_grid_and_every_answer_is_stored(tmp_path: Path
     async with staged(tmp_path) as stage:
         await stage.join(ModelServer("a"), ModelServer("b"))
         await stage.play(95)
-        rounds = await stage.rows("SELECT asset, scheduled_at_s, status, answered FROM round ORDER BY round_no")
+        rounds = await stage.rows(
+            "SELECT asset, scheduled_at_s, status, answered FROM round ORDER BY round_no"
+        )
         held = {(asset, at_s - START_S): (status, answered) for asset, at_s, status, answered in rounds}
         # BTC at 0, 20, ..., ETH half an interval later; the last are still open or were open at the start
         for at_s in (20, 40, 60, 80):
@@ -91,7 +93,8 @@ async def test_an_absent_model_is_counted_without_a_row(tmp_path: Path) -> None:
         await until(lambda: not stage.ready("gone"))
         await stage.play(40)
         rows = await stage.rows(
-            "SELECT answered, absent, absent_models FROM round WHERE scheduled_at_s = ? AND asset = 'BTC'", START_S + 60
+            "SELECT answered, absent, absent_models FROM round WHERE scheduled_at_s = ? AND asset = 'BTC'",
+            START_S + 60,
         )
         assert rows == [(1, 1, "[1]")] or rows == [(1, 1, "[2]")]
         assert ("gone", START_S + 60) not in await stage.answers()
@@ -104,7 +107,9 @@ async def test_a_round_without_models_is_void(tmp_path: Path) -> None:
         assert rows == [("void", "no model was connected")]
 
 
-async def test_when_most_models_time_out_together_the_round_is_void_and_no_counter_moves(tmp_path: Path) -> None:
+async def test_when_most_models_time_out_together_the_round_is_void_and_no_counter_moves(
+    tmp_path: Path,
+) -> None:
     async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "1s"')) as stage:
         await stage.join(*(ModelServer(f"m{number}", fleet.hangs) for number in range(3)))
         await stage.play(25)

@@ -1,8 +1,8 @@
 """The fleet: every model that is connected now, over model-runner-client.
 
-The client library follows the orchestrator's WebSocket, makes the connections and calls Setup. The calls to a model
-go straight to its gRPC stub, because the library's own `call` skips, counts and decodes (PROTOCOL.md): a reply's
-payload stays the bytes that came, and every failure is told as what it was.
+The client library follows the orchestrator's WebSocket, makes the connections and calls Setup. The calls to
+a model go straight to its gRPC stub, because the library's own `call` skips, counts and decodes
+(PROTOCOL.md): a reply's payload stays the bytes that came, and every failure is told as what it was.
 """
 
 from __future__ import annotations
@@ -148,14 +148,17 @@ class Connection(DynamicSubclassModelRunner):
         if code == "SUCCESS":
             return True, None
         log.warning(
-            "model_setup_refused", model_id=self.model_id, code=code, detail=_first_line(response.status.message)
+            "model_setup_refused",
+            model_id=self.model_id,
+            code=code,
+            detail=_first_line(response.status.message),
         )
         if code == "BAD_IMPLEMENTATION":
             return False, self.ErrorType.BAD_IMPLEMENTATION
         return False, self.ErrorType.FAILED
 
     async def ask(self, request: CallRequest, timeout_s: float) -> Reply:
-        """Call the model and wait at most `timeout_s` (wall). Raises nothing but the caller's own cancellation."""
+        """Call the model and wait at most `timeout_s` (wall). Raises only its caller's cancellation."""
         loop = asyncio.get_running_loop()
         started_s = loop.time()
 
@@ -165,7 +168,7 @@ class Connection(DynamicSubclassModelRunner):
         if self.grpc_stub is None or self.closed:
             return reply(Outcome.UNREACHABLE, "the connection is closed")
         try:
-            # gRPC's own deadline is kept by its threads; the outer one holds even where a frozen peer delays it.
+            # gRPC's own deadline is kept by its threads; the outer one holds even if that is late.
             async with asyncio.timeout(timeout_s + 1.0):
                 response = await self.grpc_stub.Call(request, timeout=timeout_s)
         except AioRpcError as error:
@@ -179,7 +182,9 @@ class Connection(DynamicSubclassModelRunner):
             return reply(Outcome.UNREACHABLE, "disconnected during the call")
         except UsageError:
             return reply(Outcome.UNREACHABLE, "the connection is closed")
-        except Exception as error:  # authentication, undecodable messages: one model's trouble, whatever it is
+        except (
+            Exception
+        ) as error:  # authentication, undecodable messages: one model's trouble, whatever it is
             return reply(Outcome.PROTOCOL, f"{type(error).__name__}: {_first_line(str(error))}")
         code = response.status.code
         if code == "SUCCESS":
@@ -212,10 +217,8 @@ def _payload(variant: Any) -> tuple[Outcome, str | None, bytes | None]:
         return Outcome.SUCCESS, None, variant.value
     if variant.type == VariantType.NONE:
         return Outcome.SUCCESS, None, b"null"
-    if variant.type in VariantType.values():
-        kind = VariantType.Name(variant.type)
-    else:
-        kind = f"type {variant.type}"
+    known = variant.type in VariantType.values()
+    kind = VariantType.Name(variant.type) if known else f"type {variant.type}"
     return Outcome.PROTOCOL, f"the answer must be JSON, not {kind}", None
 
 
@@ -287,8 +290,9 @@ class _Runner(DynamicSubclassModelConcurrentRunner):
 class Fleet:
     """Connects to the orchestrator and keeps `running` true to what it announces.
 
-    `on_ready(connection)` is called when a model can be asked, `on_gone(connection)` when it no longer can; a new
-    deployment is both. Every model connects in a task of its own: one that hangs in Setup delays nobody.
+    `on_ready(connection)` is called when a model can be asked, `on_gone(connection)` when it no longer can;
+    a new deployment is both. Every model connects in a task of its own: one that hangs in Setup delays
+    nobody.
     """
 
     def __init__(
@@ -333,7 +337,12 @@ class Fleet:
                 try:
                     await self._listen()
                 except (OSError, TimeoutError, websockets.WebSocketException) as error:
-                    log.warning("orchestrator_lost", url=self._url, error=_first_line(str(error)), retry_s=_RECONNECT_S)
+                    log.warning(
+                        "orchestrator_lost",
+                        url=self._url,
+                        error=_first_line(str(error)),
+                        retry_s=_RECONNECT_S,
+                    )
                 await asyncio.sleep(_RECONNECT_S)
         finally:
             await asyncio.shield(self._close())
@@ -355,7 +364,10 @@ class Fleet:
             log.warning("orchestrator_entries_ignored", count=len(data) - len(entries))
         if event == "init":
             announced = {entry["model_id"] for entry in entries}
-            for connection in [*self._cluster.models_run.values(), *self._cluster.pending_model_runs.values()]:
+            for connection in [
+                *self._cluster.models_run.values(),
+                *self._cluster.pending_model_runs.values(),
+            ]:
                 if connection.model_id not in announced:
                     self._spawn(self._cluster.remove_model_runner(connection))
         elif event != "update":
@@ -387,7 +399,9 @@ class Fleet:
             if isinstance(error, InvalidCoordinatorUsageError):
                 log.error("model_connection_refused", reason=_first_line(str(error)))
             else:
-                log.error("model_connection_failed", error=f"{type(error).__name__}: {_first_line(str(error))}")
+                log.error(
+                    "model_connection_failed", error=f"{type(error).__name__}: {_first_line(str(error))}"
+                )
 
     async def _close(self) -> None:
         for task in self._tasks:
@@ -411,5 +425,8 @@ def _usable(entry: object) -> bool:
         and "::" not in model_id
         and model_id.isprintable()
         and isinstance(entry.get("deployment_id"), str)
-        and (entry.get("state") != "RUNNING" or (isinstance(entry.get("ip"), str) and isinstance(entry.get("port"), int)))
+        and (
+            entry.get("state") != "RUNNING"
+            or (isinstance(entry.get("ip"), str) and isinstance(entry.get("port"), int))
+        )
     )

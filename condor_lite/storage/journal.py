@@ -1,8 +1,8 @@
 """The predict loop's writes: queued in order, written in groups, kept while the database can't be written.
 
-Asking must never wait for the disk. What the predict loop wants stored is appended here without waiting; one task
-writes it, many entries a transaction. A locked, full or failing database delays the journal, not the loop. Only
-when the journal is full is the newest entry refused, and that is logged as an error.
+Asking must never wait for the disk. What the predict loop wants stored is appended here without waiting;
+one task writes it, many entries a transaction. A locked, full or failing database delays the journal, not
+the loop. Only when the journal is full is the newest entry refused, and that is logged as an error.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Journal:
     ) -> bool:
         """Queue `apply(connection, *arguments)`; `then(result)` runs on the loop once it is on disk.
 
-        `lost(error)` runs where it raised something that trying again won't cure, and was dropped. `size` is the payload's bytes; an entry that has some is refused (False) when the journal is full.
+        `lost(error)` runs where it raised something that trying again won't cure, and was dropped. `size` is
+        the payload's bytes; an entry that has some is refused (False) when the journal is full.
         """
         if size and self._waiting_bytes + size > self._max_bytes:
             log.error(
