@@ -85,7 +85,7 @@ def make_source(config: Config) -> Source:
 
 @dataclass(frozen=True, slots=True)
 class FeedState:
-    """How one asset's feed is doing, on the game's clock. Before the first point it has no price and no age."""
+    """How one asset's feed is doing, on the game's clock; no price and no age before the first point."""
 
     asset: str
     source: str
