@@ -18,6 +18,7 @@ from pathlib import Path
 
 from condor_lite.config import Config
 from condor_lite.errors import ConfigError, StorageError
+from condor_lite.game.scoring import RuleError, load_rule
 from condor_lite.models.folder import ModelFolder, scan
 from condor_lite.prices.replay import ReplaySource
 from condor_lite.storage.connection import checked_version, opening, require_sqlite, uri
@@ -33,7 +34,8 @@ _CONNECT_S = 3.0
 def check(config: Config) -> list[str]:
     """All problems: those of `obstacles`, and those with which the game starts but not as its host means.
 
-    Reads the models' code and recorded prices, runs none of it, starts nothing, and leaves nothing behind.
+    Reads the models' code and recorded prices, runs none of it (only a host's own scoring rule is imported),
+    starts nothing, and leaves nothing behind.
     """
     return [
         *obstacles(config),
@@ -45,8 +47,8 @@ def check(config: Config) -> list[str]:
 
 
 def obstacles(config: Config) -> list[str]:
-    """What keeps the game from starting at all: ports, folder, lock, database, SQLite. Quick."""
-    return [*_sqlite(), *_storage(config), *_ports(config)]
+    """What keeps the game from starting at all: SQLite, folder, lock, database, ports, the rule. Quick."""
+    return [*_sqlite(), *_storage(config), *_ports(config), *_rule(config)]
 
 
 def _sqlite() -> Iterator[str]:
@@ -125,6 +127,13 @@ def _port(section: str, host: str, port: int) -> Iterator[str]:
         else:
             reason = f"can't listen there ({error.strerror})"
             yield f'{section}.host = {host}: {reason}; use "127.0.0.1" or "0.0.0.0"'
+
+
+def _rule(config: Config) -> Iterator[str]:
+    try:
+        load_rule(config.scoring.rule)
+    except RuleError as error:
+        yield str(error)
 
 
 def _low_disk(config: Config) -> Iterator[str]:

@@ -289,6 +289,12 @@ def test_a_recording_is_read_and_its_start_checked(read: Callable[..., Config], 
     assert all(str(csv) in problem for problem in found)
 
 
+def test_a_rule_that_can_not_be_imported_is_named(read: Callable[..., Config]) -> None:
+    (problem,) = obstacles(read(SCORING__RULE="no_such_package.rules:mine"))
+    assert "no_such_package.rules:mine" in problem
+    assert "can't be imported" in problem
+
+
 def test_everything_wrong_comes_at_once(
     read: Callable[..., Config], model: Callable[..., Path], taken_port: int
 ) -> None:
