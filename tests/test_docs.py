@@ -1,0 +1,28 @@
+"""The documentation is true: what the README lists exists, and the other way round."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from condor_lite import __version__, cli
+from condor_lite import config as configuration
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_config_table_is_the_one_that_the_code_makes() -> None:
+    assert configuration.table().strip() in README
+
+
+def test_every_verb_is_in_the_readme_and_the_other_way_round() -> None:
+    parser = cli.parser()
+    verbs = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    listed = set(re.findall(r"^\| .*`condor-lite (\w+)[^`]*` \|", README, flags=re.MULTILINE))
+    assert listed == set(verbs)
+
+
+def test_the_changelog_knows_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert "## Unreleased" in changelog or f"## {__version__}" in changelog
