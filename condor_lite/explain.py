@@ -1,0 +1,198 @@
+"""Why a model got the score it has: all that it is made of, computed once more from what is stored."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from condor_lite.config import Config
+from condor_lite.errors import CondorError
+from condor_lite.game.density import decode
+from condor_lite.game.entities import AnswerStatus, Round, RoundStatus, Setting
+from condor_lite.game.outcome import BASIS_POINTS, Realised, Series, realise
+from condor_lite.game.scoring import Rules, score
+from condor_lite.storage.evidence import (
+    AnswerEvidence,
+    Result,
+    find_answers,
+    find_result,
+    find_round,
+    knows_model,
+)
+from condor_lite.storage.repositories import load_prices
+
+_SAME = 1e-6  # relative: how well the score computed anew must agree with the stored one
+
+_SILENCE = {
+    AnswerStatus.FAILED: "the call failed",
+    AnswerStatus.TIMEOUT: "no answer within the round's deadline",
+    AnswerStatus.ABSENT: "not connected, or still being fed the price history, when the round was held",
+}
+
+
+class NotExplained(CondorError):
+    """There is nothing to explain, or not yet; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundKey:
+    """The parts of a `round_id`."""
+
+    asset: str
+    horizon_s: int
+    step_s: int
+    scheduled_at_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundExplanation:
+    """A scored round and what came of every model in it, best first."""
+
+    round: Round
+    result: Result
+    answers: list[AnswerEvidence]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One answer and its score. Lists are by segment, `prices` (time in epoch seconds, price) by end point.
+
+    `densities` is the answer's JSON as it was sent, None where it is no JSON or not there any more. None in a
+    list: no fresh price, an unresolved segment. `reason` says what is missing, and why.
+    """
+
+    round: Round
+    result: Result
+    answer: AnswerEvidence
+    reason: str | None
+    densities: bytes | None
+    prices: list[tuple[int, float | None]]
+    increments: list[float | None]
+    segment_scores: list[float | None] | None
+
+
+def parse_round_id(round_id: str) -> RoundKey | None:
+    """`BTC-3600-60-1700000000` -> its parts; None for anything else. An asset's name may hold a dash."""
+    asset, *numbers = round_id.rsplit("-", 3)
+    if len(numbers) != 3 or not asset:
+        return None
+    if not all(number.isascii() and number.isdigit() and len(number) <= 12 for number in numbers):
+        return None
+    return RoundKey(asset, *map(int, numbers))
+
+
+def explain_round(conn: sqlite3.Connection, round_id: str) -> RoundExplanation:
+    """All models' scores in one round. Raises NotExplained where there are none."""
+    held, result = _scored_round(conn, round_id)
+    assert held.round_no is not None
+    return RoundExplanation(held, result, find_answers(conn, held.round_no, result.scorer_version))
+
+
+def explain(conn: sqlite3.Connection, config: Config, round_id: str, model_id: str) -> Explanation:
+    """One model's score in one round. It takes up to `scoring.time_limit`: not for an event loop.
+
+    Raises NotExplained where the round is unknown or not scored (until then its answers are secret), or where the
+    model was not part of it.
+    """
+    held, result = _scored_round(conn, round_id)
+    assert held.round_no is not None
+    answers = find_answers(conn, held.round_no, result.scorer_version, model_id)
+    if not answers:
+        if knows_model(conn, model_id):
+            raise NotExplained("this model was neither asked in the round nor missed in it")
+        raise NotExplained("no model with this id has ever taken part")
+    answer = answers[0]
+    realised = _realised(conn, config, held, result)
+    segments, reason = _segment_scores(config, held.setting, result, answer, realised)
+    return Explanation(
+        round=held,
+        result=result,
+        answer=answer,
+        reason=reason,
+        densities=answer.payload if answer.payload is not None and _is_json(answer.payload) else None,
+        prices=list(
+            zip(realised.boundary_ts_s.tolist(), _numbers(realised.boundary_price), strict=True),
+        ),
+        increments=_numbers(realised.increments),
+        segment_scores=None if segments is None else _numbers(segments),
+    )
+
+
+def _scored_round(conn: sqlite3.Connection, round_id: str) -> tuple[Round, Result]:
+    key = parse_round_id(round_id)
+    if key is None:
+        raise NotExplained("a round's id looks like BTC-3600-60-1700000000: asset, horizon, step, time")
+    held = find_round(conn, key.asset, key.horizon_s, key.step_s, key.scheduled_at_s)
+    if held is None or held.round_no is None:
+        raise NotExplained("no such round is stored: it was never due, is still to come, or is long past")
+    result = find_result(conn, held.round_no)
+    if result is None or held.status is not RoundStatus.SCORED:
+        raise NotExplained(_unscored(held))
+    return held, result
+
+
+def _unscored(held: Round) -> str:
+    if held.status in (RoundStatus.OPEN, RoundStatus.CLOSED):
+        return "the round is not scored yet: answers are shown when it is"
+    return f"the round is {held.status.value} and has no scores: {held.reason or 'no reason was noted'}"
+
+
+def _realised(conn: sqlite3.Connection, config: Config, held: Round, result: Result) -> Realised:
+    tick_s = config.feed.tick_s
+    prices = load_prices(conn, held.asset, held.scheduled_at_s - tick_s, held.resolvable_at_s)
+    return realise(Series(*prices), held.setting, held.scheduled_at_s, tick_s, result.target)
+
+
+def _segment_scores(
+    config: Config, setting: Setting, result: Result, answer: AnswerEvidence, realised: Realised
+) -> tuple[npt.NDArray[np.float64] | None, str | None]:
+    """The scores by segment, and a reason where there are none or they are not what was stored."""
+    if answer.status is not AnswerStatus.SUCCESS:
+        return None, answer.detail or _SILENCE[answer.status]
+    if answer.payload is None:
+        days = config.storage.keep_payloads_s / 86400
+        return None, f"the answer itself is not stored any more: answers are kept for {days:g} days"
+    if answer.raw is None:
+        return None, answer.detail or "the answer could not be scored"
+    scoring = config.scoring
+    rules = Rules(
+        rule=result.rule,
+        target=result.target,
+        log_halfwidth_bp=scoring.log_halfwidth,
+        max_components=scoring.max_components,
+        max_segment_bytes=config.predict.max_segment_bytes,
+    )
+    if realised.void_reason is not None:
+        return None, "the prices of the round are not stored any more"
+    try:
+        densities = decode(
+            answer.payload, setting, rules.limits, rule=rules.rule, scale_unit=BASIS_POINTS / realised.unit
+        )
+        (scores,) = score([(densities, realised)], rules)
+    except CondorError as error:
+        return None, f"the score can't be computed anew: {error}"
+    if scores.error is not None:
+        return None, f"the score can't be computed anew: {scores.error}"
+    if not math.isclose(scores.raw, answer.raw, rel_tol=_SAME, abs_tol=1e-12):
+        return scores.values, (
+            f"computed anew the raw score is {scores.raw:.9g}, not the stored one: prices are gone, or "
+            "the scoring rules have changed since"
+        )
+    return scores.values, None
+
+
+def _is_json(payload: bytes) -> bool:
+    try:
+        orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def _numbers(values: npt.NDArray[np.float64]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]

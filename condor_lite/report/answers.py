@@ -1,0 +1,401 @@
+"""What the API answers: a frozen dataclass for each row or object, written by orjson, readable as a schema.
+
+Numbers that are absent are None. NaN and infinities, which none of these should hold, become `null` too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+Moment = Annotated[
+    str, Meta(description="ISO 8601, UTC, with Z", extra_json_schema={"format": "date-time"}, max_length=32)
+]
+NaiveMoment = Annotated[
+    str,
+    Meta(
+        description="ISO 8601, UTC, without a zone: the web app's chart appends its own Z",
+        pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d$",
+    ),
+]
+EpochSeconds = Annotated[int, Meta(description="epoch seconds, UTC")]
+
+
+def moment(at_s: float) -> str:
+    """Epoch seconds as ISO 8601 with `Z`; milliseconds only where there are any."""
+    at = datetime.fromtimestamp(at_s, UTC).replace(tzinfo=None)
+    return at.isoformat(timespec="milliseconds" if at.microsecond else "seconds") + "Z"
+
+
+def moment_of_ms(at_ms: int | None) -> str | None:
+    return None if at_ms is None else moment(at_ms / 1000)
+
+
+def naive_moment(at_s: float) -> str:
+    """Epoch seconds as ISO 8601 in UTC without a zone, whole seconds."""
+    return datetime.fromtimestamp(int(at_s), UTC).replace(tzinfo=None).isoformat()
+
+
+def horizon_label(horizon_s: int) -> str:
+    """`1h`, `24h`, `5m`, `90s`: the largest unit up to the hour that leaves a whole number."""
+    for unit_s, unit in ((3600, "h"), (60, "m")):
+        if horizon_s % unit_s == 0:
+            return f"{horizon_s // unit_s}{unit}"
+    return f"{horizon_s}s"
+
+
+# Family 1: what the CrunchDAO hub and its coordinator web app read.
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    model_id: str
+    model_name: str
+    cruncher_name: str
+    cruncher_id: str
+    deployment_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderboardRow:
+    """`username` is the cruncher's name: the web app's default column. `status`: RUNNING or STOPPED."""
+
+    created_at: Moment
+    rank: int | None
+    model_id: str
+    model_name: str
+    cruncher_name: str
+    username: str
+    score_recent: float | None
+    score_steady: float | None
+    score_anchor: float | None
+    status: str
+    cruncher_id: str
+    benchmark: bool
+    joined_at: Moment
+    rounds: int
+    answered: int
+    skill_recent: float | None
+    skill_steady: float | None
+    skill_anchor: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRow:
+    model_id: str
+    score_recent: float | None
+    score_steady: float | None
+    score_anchor: float | None
+    performed_at: NaiveMoment
+
+
+@dataclass(frozen=True, slots=True)
+class SettingSnapshotRow:
+    """`param` names the setting, such as `BTC-3600-60`; `horizon` and `step` are seconds."""
+
+    model_id: str
+    param: str
+    asset: str
+    horizon: int
+    step: int
+    score_recent: float | None
+    score_steady: float | None
+    score_anchor: float | None
+    performed_at: NaiveMoment
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionRow:
+    """`score_value` is None until the round is scored; `score_failed`: the model has no score of its own."""
+
+    model_id: str
+    param: str
+    asset: str
+    horizon: int
+    step: int
+    score_value: float | None
+    score_failed: bool
+    score_failed_reason: str | None
+    scored_at: NaiveMoment | None
+    performed_at: NaiveMoment
+    round_id: str
+    status: str
+    raw_score: float | None
+    exec_time_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeedRow:
+    source: str
+    subject: str
+    kind: str
+    granularity: str
+    record_count: int
+    oldest_ts: Moment | None
+    newest_ts: Moment | None
+    watermark_ts: Moment | None
+    watermark_updated_at: Moment | None
+
+
+@dataclass(frozen=True, slots=True)
+class FeedPointRow:
+    source: str
+    subject: str
+    kind: str
+    granularity: str
+    ts_event: Moment
+    ts_ingested: Moment
+    values: dict[str, float]
+    meta: dict[str, str]
+
+
+# How the web app shows the above. Its field names are camelCase.
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    id: int
+    type: str
+    property: str
+    format: str | None
+    displayName: str  # noqa: N815
+    tooltip: str | None
+    nativeConfiguration: dict[str, Any] | None  # noqa: N815
+    order: int
+
+
+@dataclass(frozen=True, slots=True)
+class Widget:
+    id: int
+    type: str
+    displayName: str  # noqa: N815
+    tooltip: str | None
+    order: int
+    endpointUrl: str  # noqa: N815
+    nativeConfiguration: dict[str, Any]  # noqa: N815
+
+
+@dataclass(frozen=True, slots=True)
+class ReportSchema:
+    schema_version: str
+    leaderboard_columns: list[Column]
+    metrics_widgets: list[Widget]
+
+
+# Family 2: the game's own endpoints.
+
+
+@dataclass(frozen=True, slots=True)
+class RankedModel:
+    rank: int | None
+    model_id: str
+    model_name: str
+    cruncher_name: str
+    score: float | None
+    prediction_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class WindowLeaderboard:
+    window: str
+    count: int
+    models: list[RankedModel]
+
+
+@dataclass(frozen=True, slots=True)
+class OverallScores:
+    recent_24h: float | None
+    steady_72h: float | None
+    anchor_7d: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RecentPrediction:
+    round_id: str
+    asset: str
+    horizon: int
+    step: int
+    scheduled_at: Moment
+    round_status: str
+    status: str
+    detail: str | None
+    exec_time_us: int
+    raw_score: float | None
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    deployment_id: str
+    first_seen_at: Moment
+    code_changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """`by_horizon` and `by_setting`: scores by `1h`, `24h`, ... and by `BTC-3600-60`, ..."""
+
+    model_id: str
+    model_name: str
+    cruncher_id: str
+    cruncher_name: str
+    deployment_id: str
+    benchmark: bool
+    status: str
+    joined_at: Moment
+    last_seen_at: Moment
+    rank: int | None
+    ranks: dict[str, int | None]
+    overall_scores: OverallScores
+    skill: OverallScores
+    by_horizon: dict[str, OverallScores]
+    by_setting: dict[str, OverallScores]
+    rounds: int
+    answered: int
+    deployments: list[Deployment]
+    recent_predictions: list[RecentPrediction]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Predictions count those with status SUCCESS. A model is active while it is connected."""
+
+    total_models: int
+    active_models: int
+    total_predictions: int
+    predictions_last_24h: int
+    total_rounds: int
+    scored_rounds: int
+    rounds_last_24h: int
+    assets: list[str]
+    game: str
+    game_time: Moment
+    started_at: Moment
+    leaderboard_at: Moment | None
+    scoring_rule: str
+    simulated_prices: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRow:
+    round_id: str
+    asset: str
+    horizon: int
+    step: int
+    scheduled_at: Moment
+    performed_at: Moment | None
+    resolvable_at: Moment
+    status: str
+    reason: str | None
+    answered: int
+    failed: int
+    timed_out: int
+    absent: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPrediction:
+    model_id: str
+    model_name: str
+    status: str
+    detail: str | None
+    exec_time_us: int | None
+    received_at: Moment | None
+    raw_score: float | None
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundDetail:
+    """A round with its answers. `median` and `no_move` are m and a of the round's score, None until then."""
+
+    round_id: str
+    asset: str
+    horizon: int
+    step: int
+    scheduled_at: Moment
+    performed_at: Moment | None
+    resolvable_at: Moment
+    status: str
+    reason: str | None
+    answered: int
+    failed: int
+    timed_out: int
+    absent: int
+    scored_at: Moment | None
+    median: float | None
+    no_move: float | None
+    resolved_segments: int | None
+    predictions: list[RoundPrediction]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionDetail:
+    """All that a score is made of. Lists are by segment, `prices` by end point (one more); None: unresolved.
+
+    `densities` is the answer as it was sent. `segment_scores` are computed anew, `raw_score` to `score` are
+    stored. `reason`: why there is no valid answer, or which part of the explanation is no longer there.
+    """
+
+    round_id: str
+    model_id: str
+    model_name: str
+    status: str
+    reason: str | None
+    rule: str
+    target: str
+    scorer_version: int
+    exec_time_us: int | None
+    received_at: Moment | None
+    densities: Any
+    prices: list[tuple[EpochSeconds, float | None]]
+    increments: list[float | None]
+    segment_scores: list[float | None] | None
+    raw_score: float | None
+    counted: float | None
+    median: float
+    no_move: float
+    score: float | None
+
+
+# Family 3: operations.
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """`problems`: what is not as it should be, in words."""
+
+    status: str
+    problems: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class NotReady:
+    error: str
+    detail: str
+    problems: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    name: str
+    version: str
+    python: str
+    sqlite: str
+    game: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Every error: what, and why, and what would be right."""
+
+    error: str
+    detail: str

@@ -1,0 +1,104 @@
+"""What every handler is given, and where work goes that must not hold the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import anyio.to_thread
+
+from condor_lite.errors import CondorError, QueryTimeout
+from condor_lite.game.entities import Leaderboard, Model
+from condor_lite.report.live import Live
+from condor_lite.report.ready import ReadyMade, make
+from condor_lite.report.replies import Reply, pack
+from condor_lite.storage import queries
+from condor_lite.storage.database import Readers
+
+T = TypeVar("T")
+
+_ROWS_ON_THE_LOOP = 100  # well under a millisecond; more are packed in a thread
+_READY_FOR_S = 10.0  # a changed name or deployment shows after this long at the latest
+_THREADS = 2
+
+
+class NotFound(CondorError):
+    """There is nothing at this address; the message says why, and where to look."""
+
+
+class Context:
+    """One for each application."""
+
+    def __init__(self, live: Live, readers: Readers) -> None:
+        self.live = live
+        self.readers = readers
+        self.max_age_s = max(1, min(10, int(live.config.scoring.interval_s)))
+        """How long a leaderboard is promised to hold, on the wall."""
+        self._threads = anyio.CapacityLimiter(_THREADS)
+        self._ready: ReadyMade | None = None
+        self._ready_for: Leaderboard | None = None
+        self._ready_until_s = 0.0
+        self._ready_lock = asyncio.Lock()
+        self._models: Sequence[Model] = ()
+        self._remembered: dict[object, tuple[float, Any]] = {}
+        self._remembering: dict[object, asyncio.Lock] = {}
+
+    async def ready(self) -> ReadyMade:
+        """The ready-made bodies for the leaderboard and the models of this moment."""
+        if (made := self._current()) is not None:
+            return made
+        async with self._ready_lock:
+            if (made := self._current()) is not None:
+                return made
+            leaderboard, connected = self.live.leaderboard, frozenset(self.live.connected())
+            with suppress(QueryTimeout):  # those of last time will do; the leaderboard has its own
+                self._models = await queries.models(self.readers)
+            made = await self.in_thread(
+                make, leaderboard, self._models, connected, self.live.started_at_s, self.max_age_s
+            )
+            self._ready, self._ready_for = made, leaderboard
+            self._ready_until_s = asyncio.get_running_loop().time() + _READY_FOR_S
+            return made
+
+    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """Run what takes more than a moment beside the event loop; few at once: the game needs the cores."""
+        return await anyio.to_thread.run_sync(partial(work, *args), limiter=self._threads)
+
+    async def rows(
+        self,
+        rows: Sequence[sqlite3.Row],
+        to_answer: Callable[[sqlite3.Row], object],
+        max_age_s: int,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """A bare array of answers, one a row."""
+
+        def work() -> Reply:
+            return pack([to_answer(row) for row in rows], max_age_s, headers=headers)
+
+        return await self.in_thread(work) if len(rows) > _ROWS_ON_THE_LOOP else work()
+
+    async def remembered(self, key: object, for_s: float, ask: Callable[[], Awaitable[T]]) -> T:
+        """What `ask` gave within the last `for_s` seconds (on the wall), made by one request for all."""
+        now_s = asyncio.get_running_loop().time
+        async with self._remembering.setdefault(key, asyncio.Lock()):
+            until_s, value = self._remembered.get(key, (0.0, None))
+            if now_s() >= until_s:
+                value = await ask()
+                self._remembered[key] = (now_s() + for_s, value)
+            return value  # type: ignore[no-any-return]
+
+    def _current(self) -> ReadyMade | None:
+        made = self._ready
+        if (
+            made is None
+            or self._ready_for is not self.live.leaderboard
+            or asyncio.get_running_loop().time() >= self._ready_until_s
+            or made.connected != self.live.connected()
+        ):
+            return None
+        return made

@@ -1,0 +1,41 @@
+"""What the report knows of the running game beside the database. It looks; it changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+
+from condor_lite.clock import Clock
+from condor_lite.config import Config
+from condor_lite.game.entities import Leaderboard
+from condor_lite.prices.feed import FeedState
+
+
+class Live:
+    """`problems`: what keeps the game from being well, in words. `connected`: the `model_id`s connected now.
+
+    The callables are asked on the event loop, often, and must be quick.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        started_at_s: float,
+        problems: Callable[[], Sequence[str]],
+        feeds: Callable[[], Sequence[FeedState]],
+        connected: Callable[[], Set[str]],
+    ) -> None:
+        self.config = config
+        self.clock = clock
+        self.started_at_s = started_at_s
+        self.problems = problems
+        self.feeds = feeds
+        self.connected = connected
+        self.leaderboard: Leaderboard | None = None
+
+    def publish(self, leaderboard: Leaderboard) -> None:
+        """Let the API serve this leaderboard from the next request on.
+
+        It costs nothing here: the bodies are made from it once, off the event loop, at the first request.
+        """
+        self.leaderboard = leaderboard

@@ -1,0 +1,47 @@
+"""Family 3: operations."""
+
+from __future__ import annotations
+
+import platform
+import sqlite3
+
+from condor_lite import __version__
+from condor_lite.errors import StorageError
+from condor_lite.report.answers import Health, NotReady, Readiness, Version
+from condor_lite.report.context import Context
+from condor_lite.report.params import NoParams
+from condor_lite.report.replies import Reply, pack
+from condor_lite.storage import queries
+
+_VERSION_FOR_S = 60
+
+
+async def healthz(context: Context, sent: NoParams) -> Reply:
+    """The process is alive."""
+    return pack(Health("ok"))
+
+
+async def readyz(context: Context, sent: NoParams) -> Reply:
+    """Whether all parts of the game do what they should, and which do not."""
+    problems = list(context.live.problems())
+    try:
+        await queries.is_readable(context.readers)
+    except StorageError as error:
+        problems.append(f"the database can't be read: {error}")
+    if problems:
+        return pack(NotReady("not ready", "; ".join(problems), problems), status=503)
+    return pack(Readiness("ready", []))
+
+
+async def version(context: Context, sent: NoParams) -> Reply:
+    """Which program this is."""
+    return pack(
+        Version(
+            name="condor-lite",
+            version=__version__,
+            python=platform.python_version(),
+            sqlite=sqlite3.sqlite_version,
+            game=context.live.config.game.name,
+        ),
+        _VERSION_FOR_S,
+    )

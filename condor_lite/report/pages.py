@@ -1,0 +1,149 @@
+"""The pages for people. One so far: the leaderboard, which reloads itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from condor_lite.game.entities import Standing, Window
+from condor_lite.report import ready
+from condor_lite.report.answers import horizon_label, moment
+from condor_lite.report.context import Context
+from condor_lite.report.game import LeaderboardParams
+from condor_lite.report.replies import Reply, pack
+from condor_lite.storage import queries
+
+_HTML = "text/html; charset=utf-8"
+_RELOAD_S = 10
+_FOR_S = 2.0
+_ROUNDS = 8
+_MOST_MODELS = 1000
+
+_templates = Environment(
+    loader=PackageLoader("condor_lite.report"),
+    autoescape=select_autoescape(default=True),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A model in the table."""
+
+    standing: Standing
+    rank: int | None
+    running: bool
+    answered_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PriceState:
+    asset: str
+    price: str
+    age: str
+    stale: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RoundLine:
+    round_id: str
+    status: str
+    reason: str | None
+    at: str
+    answered: int
+    failed: int
+    timed_out: int
+    absent: int
+
+
+async def leaderboard(context: Context, sent: LeaderboardParams) -> Reply:
+    """The leaderboard in the order of one window, the prices, and the latest rounds."""
+    made = await context.ready()
+    return await context.remembered(("page", sent.window), _FOR_S, partial(_page, context, made, sent.window))
+
+
+async def _page(context: Context, made: ready.ReadyMade, window: Window) -> Reply:
+    live = context.live
+    now_s = live.clock.now()
+    rounds = await queries.rounds(
+        context.readers,
+        asset=None,
+        horizon_s=None,
+        status=None,
+        before_s=None,
+        before_round_no=None,
+        limit=_ROUNDS,
+    )
+    values = {
+        "game": live.config.game.name,
+        "synthetic": live.config.feed.source == "synthetic",
+        "replayed": live.config.feed.source == "replay",
+        "window": window,
+        "windows": list(Window),
+        "now": moment(int(now_s)),
+        "as_of": moment(made.created_at_s) if live.leaderboard else None,
+        "lines": [_line(standing, window, made) for standing in made.by_window[window][:_MOST_MODELS]],
+        "prices": [
+            PriceState(
+                state.asset,
+                "-" if state.price is None else f"{state.price:,.{_decimals(state.price)}f}",
+                "no price yet" if state.newest_ts_s is None else _age(now_s - state.newest_ts_s),
+                state.stale,
+            )
+            for state in live.feeds()
+        ],
+        "rounds": [
+            RoundLine(
+                f"{row['asset']}-{row['horizon_s']}-{row['step_s']}-{row['scheduled_at_s']}",
+                row["status"],
+                row["reason"],
+                moment(row["scheduled_at_s"]),
+                row["answered"],
+                row["failed"],
+                row["timed_out"],
+                row["absent"],
+            )
+            for row in rounds
+        ],
+        "problems": list(live.problems()),
+        "first_scores_after": _first_scores_after(context),
+        "reload_s": _RELOAD_S,
+    }
+    return await context.in_thread(_render, values)
+
+
+def _render(values: dict[str, object]) -> Reply:
+    text = _templates.get_template("leaderboard.html").render(values)
+    return pack(text.encode(), int(_FOR_S), media_type=_HTML)
+
+
+def _line(standing: Standing, window: Window, made: ready.ReadyMade) -> Line:
+    return Line(
+        standing=standing,
+        rank=standing.ranks.get(window),
+        running=standing.model.info.model_id in made.connected,
+        answered_share=standing.answered / standing.rounds if standing.rounds else None,
+    )
+
+
+def _first_scores_after(context: Context) -> str:
+    """How long after the first round its scores come, in words: the shortest horizon, and what follows it."""
+    config = context.live.config
+    shortest_s = min(setting.horizon_s for setting in config.game.settings)
+    wait_s = context.live.clock.wall_s(shortest_s + config.scoring.settle_delay_s) + config.scoring.interval_s
+    return _age(wait_s).removesuffix(" old")
+
+
+def _age(age_s: float) -> str:
+    if age_s < 120:
+        return f"{max(age_s, 0):.0f} s old"
+    return f"{horizon_label(int(age_s) // 60 * 60)} old"
+
+
+def _decimals(price: float) -> int:
+    """Six significant digits, at least two decimals."""
+    return max(2, 6 - len(str(int(abs(price)))))

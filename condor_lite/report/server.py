@@ -1,0 +1,123 @@
+"""uvicorn inside the game: on a socket bound beforehand, without its own signals, logs and exits."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import anyio
+import uvicorn
+from anyio.abc import TaskStatus
+from starlette.types import ASGIApp
+
+from condor_lite.errors import StartError
+
+_BACKLOG = 1024
+_HEADER_BYTES = 16 * 1024
+_KEEP_ALIVE_S = 20
+_GRACE_S = 2  # for requests under way when the server is asked to stop
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0: any free one. Raises StartError with what to do where it can't be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise StartError(_what_to_do(host, port, error)) from error
+    return sock
+
+
+def _what_to_do(host: str, port: int, error: Exception) -> str:
+    code = error.errno if isinstance(error, OSError) else None
+    if code == errno.EADDRINUSE:
+        return (
+            f"report.port {port} is in use on {host}: end the other program, or choose another (0: any free)"
+        )
+    if code in (errno.EACCES, errno.EPERM):
+        return f"report.port {port} needs privileges that this process does not have: choose one above 1023"
+    if code == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+        return f"report.host {host} is no address of this machine: 127.0.0.1 is always one, 0.0.0.0 is all"
+    return f"report.host {host} and report.port {port} can't be used: {error}"
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves the signals to the supervisor, and says when it serves."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.serving = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.serving.set()
+
+
+class Server:
+    """Serves one application. `run` may be called again once it has ended: it binds the address anew."""
+
+    def __init__(self, app: ASGIApp, sock: socket.socket) -> None:
+        self._app = app
+        self._sock = sock
+        self._host: str = sock.getsockname()[0]
+        self._server: _Uvicorn | None = None
+        self.port: int = sock.getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        """Where a browser on this machine finds it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)  # noqa: S104 - not bound here
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Serve until `stop()` or cancelled: both free the port and give requests under way 2 s to end."""
+        if self._sock.fileno() == -1:
+            self._sock = bind(self._host, self.port)
+        server = self._server = _Uvicorn(
+            uvicorn.Config(
+                self._app,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                backlog=_BACKLOG,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=_GRACE_S,
+                h11_max_incomplete_event_size=_HEADER_BYTES,
+            )
+        )
+        # A task of its own: cancelling serve() would leave the port open.
+        serving = asyncio.create_task(server.serve([self._sock]), name="uvicorn")
+        started = asyncio.create_task(server.serving.wait(), name="uvicorn-started")
+        try:
+            await asyncio.wait({serving, started}, return_when=asyncio.FIRST_COMPLETED)
+            if server.serving.is_set():
+                task_status.started()
+            await asyncio.wait({serving})
+        finally:
+            server.should_exit = True
+            started.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({serving, started})
+        serving.result()
+
+    def stop(self) -> None:
+        """Take no more requests; `run` ends when those under way are answered."""
+        if self._server is not None:
+            self._server.should_exit = True

@@ -1,0 +1,101 @@
+"""What is stored about one score: for whoever has to explain it. The first argument is a plain connection."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from condor_lite.game.entities import AnswerStatus, Round
+from condor_lite.storage.repositories import decompress, select_rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a round was scored, by the newest scorer that did it. `median` and `no_move` are m and a (bp)."""
+
+    scorer_version: int
+    rule: str
+    target: str
+    median: float
+    no_move: float
+    resolved: int
+    scored_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerEvidence:
+    """One model's part in a round. `payload` is None where none was sent or it has been pruned."""
+
+    model_id: str
+    model_name: str
+    status: AnswerStatus
+    detail: str | None
+    received_at_ms: int | None
+    exec_time_us: int | None
+    raw: float | None
+    counted: float | None
+    score: float | None
+    payload: bytes | None
+
+
+def find_round(
+    conn: sqlite3.Connection, asset: str, horizon_s: int, step_s: int, scheduled_at_s: int
+) -> Round | None:
+    found = select_rounds(
+        conn,
+        "asset = ? AND horizon_s = ? AND step_s = ? AND scheduled_at_s = ?",
+        (asset, horizon_s, step_s, scheduled_at_s),
+    )
+    return found[0] if found else None
+
+
+def find_result(conn: sqlite3.Connection, round_no: int) -> Result | None:
+    """None for a round that is not scored."""
+    row = conn.execute(
+        """
+        SELECT scorer_version, rule, target, median, no_move, resolved, scored_at_ms
+        FROM round_score JOIN scorer USING (scorer_version)
+        WHERE round_no = ? ORDER BY scorer_version DESC LIMIT 1
+        """,
+        (round_no,),
+    ).fetchone()
+    return None if row is None else Result(*row)
+
+
+def knows_model(conn: sqlite3.Connection, model_id: str) -> bool:
+    return conn.execute("SELECT 1 FROM model WHERE model_id = ?", (model_id,)).fetchone() is not None
+
+
+def find_answers(
+    conn: sqlite3.Connection, round_no: int, scorer_version: int, model_id: str | None = None
+) -> list[AnswerEvidence]:
+    """All who were asked or absent, best score first; with `model_id` only that model, and its payload."""
+    (absent,) = conn.execute("SELECT absent_models FROM round WHERE round_no = ?", (round_no,)).fetchone()
+    rows = conn.execute(
+        """
+        WITH part AS (
+            SELECT model_no, status, detail, received_at_ms, exec_time_us FROM prediction WHERE round_no = ?1
+            UNION ALL
+            SELECT value, 'ABSENT', NULL, NULL, NULL FROM json_each(?2)
+        )
+        SELECT model_id, model_name, status, detail, received_at_ms, exec_time_us, raw, counted, score,
+               CASE WHEN ?4 IS NULL THEN NULL ELSE body END
+        FROM part JOIN model USING (model_no)
+        LEFT JOIN score
+            ON score.round_no = ?1 AND score.scorer_version = ?3 AND score.model_no = model.model_no
+        LEFT JOIN payload ON payload.round_no = ?1 AND payload.model_no = model.model_no
+        WHERE ?4 IS NULL OR model_id = ?4
+        ORDER BY score DESC NULLS LAST, model_id
+        """,
+        (round_no, json.dumps(json.loads(absent)), scorer_version, model_id),
+    )
+    return [_answer(row) for row in rows]
+
+
+def _answer(row: Sequence[Any]) -> AnswerEvidence:
+    model_id, name, status, *rest, body = row
+    payload = None if body is None else decompress(body)
+    return AnswerEvidence(model_id, name, AnswerStatus(status), *rest, payload)  # type: ignore[call-arg]

@@ -1,0 +1,299 @@
+"""All SQL of the report: bounded, by index, in pages. Times are epoch seconds; ranges include both ends."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Literal
+
+import orjson
+
+from condor_lite.game.entities import Model, ModelInfo, RoundStatus
+from condor_lite.storage.database import Readers
+
+MOST_MODELS = 20_000
+MOST_ANSWERS = 20_000
+
+_ONE_BY_ONE = 16  # up to so many models are looked up each by its own index range
+_WORTH_COUNTING = 200_000
+_BEFORE_ALL = -(2**62)
+_AFTER_ALL = 2**62
+
+# The newest scorer's result stands for a round that was scored more than once.
+_RESULT = """
+    LEFT JOIN round_score q ON q.round_no = r.round_no
+        AND q.scorer_version = (SELECT max(scorer_version) FROM round_score WHERE round_no = r.round_no)
+    LEFT JOIN score s ON s.round_no = q.round_no AND s.scorer_version = q.scorer_version
+        AND s.model_no = p.model_no
+"""
+_ROUND = """
+    r.round_no, r.asset, r.horizon_s, r.step_s, r.scheduled_at_s, r.resolvable_at_s, r.performed_at_ms,
+    r.status, r.reason, r.answered, r.failed, r.timed_out, r.absent
+"""
+
+
+async def models(readers: Readers) -> list[Model]:
+    """All models that ever connected, oldest first."""
+    rows = await readers.fetch("SELECT * FROM model ORDER BY model_no LIMIT ?", (MOST_MODELS,))
+    return [
+        Model(
+            model_no=row["model_no"],
+            info=ModelInfo(
+                model_id=row["model_id"],
+                model_name=row["model_name"],
+                cruncher_id=row["cruncher_id"],
+                cruncher_name=row["cruncher_name"],
+                deployment_id=row["deployment_id"],
+                code_hash=row["code_hash"],
+                benchmark=bool(row["benchmark"]),
+            ),
+            joined_at_s=row["joined_at_s"],
+            last_seen_at_s=row["last_seen_at_s"],
+            first_round_at_s=row["first_round_at_s"],
+        )
+        for row in rows
+    ]
+
+
+async def deployments(readers: Readers, model_no: int, limit: int = 100) -> list[sqlite3.Row]:
+    """The model's deployments, oldest first of the newest `limit`."""
+    rows = await readers.fetch(
+        """
+        SELECT deployment_id, code_hash, first_seen_at_s FROM deployment WHERE model_no = ?
+        ORDER BY first_seen_at_s DESC, deployment_id DESC LIMIT ?
+        """,
+        (model_no, limit),
+    )
+    return rows[::-1]
+
+
+async def snapshots(
+    readers: Readers,
+    table: Literal["leaderboard", "snapshot"],
+    model_nos: Sequence[int] | None,
+    start_s: float,
+    end_s: float,
+    limit: int,
+    spacing_s: int,
+) -> list[sqlite3.Row]:
+    """Stored window scores (of `snapshot`: by setting) of these models, or of all; newest first, at most
+    `limit`.
+
+    Where a few models have more than that, their lines are thinned evenly rather than cut off: of so many
+    `spacing_s` (how often snapshots are kept) the last one stays.
+    """
+    setting = ", t.asset, t.horizon_s, t.step_s" if table == "snapshot" else ""
+    order = "ORDER BY at_s DESC, t.model_no DESC" + (setting and f"{setting} DESC")
+    scores = "t.score_recent, t.score_steady, t.score_anchor"
+    named = "CROSS JOIN model m ON m.model_no = t.model_no"
+    within = "t.created_at_s BETWEEN ? AND ?"
+    if model_nos is not None and len(model_nos) <= _ONE_BY_ONE:
+        chosen = f"WHERE t.model_no IN (SELECT value FROM json_each(?)) AND {within}"  # noqa: S608
+        params: tuple[object, ...] = (_json(model_nos), start_s, end_s)
+        ((count,),) = await readers.fetch(
+            f"SELECT count(*) FROM (SELECT 1 FROM {table} t {chosen} LIMIT {_WORTH_COUNTING})",  # noqa: S608
+            params,
+        )
+        if count <= limit:
+            return await readers.fetch(
+                f"SELECT t.model_no, t.created_at_s AS at_s, {scores}{setting} {chosen} {order}",
+                params,
+            )
+        if count < _WORTH_COUNTING:
+            span_s = spacing_s * -(-count // limit)
+            return await readers.fetch(
+                # With a lone max(), the other columns are those of the row that holds it.
+                f"SELECT t.model_no, max(t.created_at_s) AS at_s, {scores}{setting} {chosen} "
+                f"GROUP BY t.model_no{setting}, t.created_at_s / ? {order} LIMIT ?",
+                (*params, span_s, limit),
+            )
+    among, some = ("", ()) if model_nos is None else _among(model_nos)
+    return await readers.fetch(
+        f"SELECT m.model_id, t.created_at_s AS at_s, {scores}{setting} "  # noqa: S608
+        f"FROM {table} t INDEXED BY {table}_by_time {named} WHERE {within} {among} "
+        "ORDER BY t.created_at_s DESC LIMIT ?",
+        (start_s, end_s, *some, limit),
+    )
+
+
+async def predictions(
+    readers: Readers,
+    model_nos: Sequence[int] | None,
+    start_s: float,
+    end_s: float,
+    limit: int,
+    before: tuple[int, int] | None = None,
+) -> list[sqlite3.Row]:
+    """Predictions of these models, or of all, in rounds scheduled in the range; newest rounds first.
+
+    `before`: the (round_no, model_no) that ended the page before.
+    """
+    if model_nos is not None and not model_nos:
+        return []
+    # A round's number all but follows its time, so the range narrows the numbers first, by the index alone.
+    ((first, last),) = await readers.fetch(
+        "SELECT min(round_no), max(round_no) FROM round WHERE scheduled_at_s BETWEEN ? AND ?",
+        (start_s, end_s),
+    )
+    if first is None:
+        return []
+    below = before or (_AFTER_ALL, 0)
+    last = min(last, below[0])
+    wanted = """
+        FROM prediction p CROSS JOIN round r ON r.round_no = p.round_no
+        WHERE p.round_no BETWEEN ? AND ? AND r.scheduled_at_s BETWEEN ? AND ?
+          AND (p.round_no, p.model_no) < (?, ?)
+    """
+    params: list[object] = []
+    if model_nos is not None and len(model_nos) <= _ONE_BY_ONE:
+        newest = f"""
+            SELECT * FROM (SELECT p.round_no, p.model_no {wanted} AND p.model_no = ?
+                           ORDER BY p.round_no DESC LIMIT ?)
+        """  # noqa: S608 - only constants
+        keys = " UNION ALL ".join([newest] * len(model_nos))
+        for model_no in model_nos:
+            params += [first, last, start_s, end_s, *below, model_no, limit]
+    else:
+        among, some = ("", ()) if model_nos is None else _among(model_nos, "p")
+        keys = f"""
+            SELECT p.round_no, p.model_no {wanted} {among}
+            ORDER BY p.round_no DESC, p.model_no DESC LIMIT ?
+        """
+        params += [first, last, start_s, end_s, *below, *some, limit]
+    return await readers.fetch(
+        f"""
+        WITH found AS MATERIALIZED ({keys}),
+             page AS MATERIALIZED (SELECT * FROM found ORDER BY round_no DESC, model_no DESC LIMIT ?)
+        SELECT {_ROUND}, p.model_no, m.model_id, p.status AS answer_status, p.detail, p.exec_time_us,
+               q.scored_at_ms, s.raw, s.score
+        FROM page CROSS JOIN prediction p ON p.round_no = page.round_no AND p.model_no = page.model_no
+        CROSS JOIN round r ON r.round_no = p.round_no CROSS JOIN model m ON m.model_no = p.model_no {_RESULT}
+        ORDER BY p.round_no DESC, p.model_no DESC
+        """,  # noqa: S608 - only constants
+        (*params, limit),
+    )
+
+
+async def rounds(
+    readers: Readers,
+    *,
+    asset: str | None,
+    horizon_s: int | None,
+    status: RoundStatus | None,
+    before_s: float | None,
+    before_round_no: int | None,
+    limit: int,
+) -> list[sqlite3.Row]:
+    """Rounds, newest first. The unary plus keeps the order by time, which ends early, the leading index."""
+    where = ["r.scheduled_at_s <= ?"]
+    params: list[object] = [before_s if before_s is not None else _AFTER_ALL]
+    if before_s is not None:
+        where.append("(r.scheduled_at_s, r.round_no) < (?, ?)")
+        params += [before_s, before_round_no if before_round_no is not None else _BEFORE_ALL]
+    for column, value in (("asset", asset), ("horizon_s", horizon_s), ("status", status)):
+        if value is None:
+            continue
+        # Rounds of a status that passes or is an exception are few: found by it, then sorted.
+        free = "" if column == "status" and status is not RoundStatus.SCORED else "+"
+        where.append(f"{free}r.{column} = ?")
+        params.append(value)
+    return await readers.fetch(
+        f"SELECT {_ROUND} FROM round r WHERE {' AND '.join(where)} "  # noqa: S608 - only constants
+        "ORDER BY r.scheduled_at_s DESC, r.round_no DESC LIMIT ?",
+        (*params, limit),
+    )
+
+
+async def round_by_key(
+    readers: Readers, asset: str, horizon_s: int, step_s: int, scheduled_at_s: int
+) -> sqlite3.Row | None:
+    """One round with its newest result, None where there is no such round."""
+    rows = await readers.fetch(
+        f"""
+        SELECT {_ROUND}, r.absent_models, q.median, q.no_move, q.resolved, q.scored_at_ms
+        FROM round r LEFT JOIN round_score q ON q.round_no = r.round_no
+            AND q.scorer_version = (SELECT max(scorer_version) FROM round_score WHERE round_no = r.round_no)
+        WHERE r.asset = ? AND r.horizon_s = ? AND r.step_s = ? AND r.scheduled_at_s = ?
+        """,  # noqa: S608 - only constants
+        (asset, horizon_s, step_s, scheduled_at_s),
+    )
+    return rows[0] if rows else None
+
+
+async def round_answers(readers: Readers, round_no: int) -> list[sqlite3.Row]:
+    """Who was asked in a round, or absent from it, and what came of it; best score first."""
+    return await readers.fetch(
+        f"""
+        WITH asked AS (
+            SELECT round_no, model_no, status, detail, received_at_ms, exec_time_us FROM prediction
+            WHERE round_no = ?1
+            UNION ALL
+            SELECT round_no, absent.value, 'ABSENT', NULL, NULL, NULL
+            FROM round, json_each(round.absent_models) absent WHERE round_no = ?1
+        )
+        SELECT m.model_id, m.model_name, p.status AS answer_status, p.detail, p.received_at_ms,
+               p.exec_time_us, s.raw, s.score
+        FROM asked p CROSS JOIN model m ON m.model_no = p.model_no
+        CROSS JOIN round r ON r.round_no = p.round_no {_RESULT}
+        ORDER BY s.score DESC NULLS LAST, p.status = 'SUCCESS' DESC, m.model_id LIMIT ?2
+        """,  # noqa: S608 - only constants
+        (round_no, MOST_ANSWERS),
+    )
+
+
+async def feeds(readers: Readers) -> list[sqlite3.Row]:
+    """How many points are stored by asset and source, and from when to when."""
+    return await readers.fetch(
+        """
+        SELECT asset, source, count(*) AS points, min(ts_s) AS oldest_s, max(ts_s) AS newest_s,
+               max(ingested_at_ms) AS ingested_at_ms
+        FROM price GROUP BY asset, source ORDER BY asset, source LIMIT 1000
+        """
+    )
+
+
+async def feed_tail(readers: Readers, asset: str, source: str | None, limit: int) -> list[sqlite3.Row]:
+    """An asset's newest points, newest first."""
+    return await readers.fetch(
+        """
+        SELECT asset, ts_s, price, source, ingested_at_ms FROM price
+        WHERE asset = ?1 AND (?2 IS NULL OR source = ?2) ORDER BY ts_s DESC LIMIT ?3
+        """,
+        (asset, source, limit),
+    )
+
+
+async def statistics(readers: Readers, since_s: float) -> sqlite3.Row:
+    """Counts over the stored rounds, and over those scheduled after `since_s`; answers of open rounds too."""
+    (row,) = await readers.fetch(
+        """
+        WITH running AS (
+            SELECT r.scheduled_at_s FROM round r CROSS JOIN prediction p ON p.round_no = r.round_no
+            WHERE r.status = 'open' AND p.status = 'SUCCESS'
+        )
+        SELECT (SELECT count(*) FROM running)
+                   + coalesce(sum(answered) FILTER (WHERE status != 'open'), 0) AS predictions,
+               (SELECT count(*) FROM running WHERE scheduled_at_s > ?1)
+                   + coalesce(sum(answered) FILTER (WHERE status != 'open' AND scheduled_at_s > ?1), 0)
+                   AS recent_predictions,
+               count(*) AS rounds,
+               count(*) FILTER (WHERE status = 'scored') AS scored_rounds,
+               count(*) FILTER (WHERE scheduled_at_s > ?1) AS recent_rounds
+        FROM round
+        """,
+        (since_s,),
+    )
+    return row
+
+
+async def is_readable(readers: Readers) -> None:
+    """Raises StorageError where the database can't be read now."""
+    await readers.fetch("SELECT max(round_no) FROM round")
+
+
+def _among(model_nos: Sequence[int], table: str = "t") -> tuple[str, tuple[str]]:
+    return f"AND +{table}.model_no IN (SELECT value FROM json_each(?))", (_json(model_nos),)  # noqa: S608
+
+
+def _json(numbers: Sequence[int]) -> str:
+    return orjson.dumps(list(numbers)).decode()
