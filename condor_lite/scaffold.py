@@ -12,7 +12,7 @@ from condor_lite.errors import StartError
 def init(directory: Path) -> list[Path]:
     """Write a new challenge into `directory`, which is made where it is missing; returns its files.
 
-    Raises StartError, before anything is written, where one of the files exists; or where one can't be written.
+    Raises StartError, before anything is written, where one of the files exists; or if one can't be written.
     """
     if directory.exists() and not directory.is_dir():
         raise StartError(f"{directory} is a file; choose another folder")
