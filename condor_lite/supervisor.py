@@ -18,9 +18,8 @@ from condor_lite import __version__, stopping
 from condor_lite.clock import Clock, GameClock
 from condor_lite.config import Config
 from condor_lite.errors import CondorError
-from condor_lite.game.entities import Leaderboard, Round
+from condor_lite.game.entities import Round
 from condor_lite.models.orchestrator import Orchestrator
-from condor_lite.pool import ScoringPool
 from condor_lite.predict import PredictLoop
 from condor_lite.prices.feed import Feed, Source, make_source
 from condor_lite.prices.replay import ReplaySource
@@ -106,8 +105,7 @@ class Game:
             feeds=self.feed.states,
             connected=self._connected,
         )
-        self.pool = ScoringPool(config)
-        self.score = ScoreLoop(config, clock, db, self.pool, self._on_leaderboard)
+        self.score = ScoreLoop(config, clock, db, self.live.publish)
         self.predict = PredictLoop(
             config, clock, db, self.journal, self.feed, orchestrator_port, self._on_closed
         )
@@ -116,9 +114,6 @@ class Game:
 
     def _on_closed(self, closed: Round) -> None:
         self.score.wake()
-
-    def _on_leaderboard(self, leaderboard: Leaderboard) -> None:
-        self.live.publish(leaderboard)
 
     def _connected(self) -> frozenset[str]:
         return frozenset(self.predict.fleet.running)
@@ -212,7 +207,7 @@ async def _play(
     for service in inner:
         if service is not models:
             tasks.start_soon(service.serve, name=service.name)
-    _announce(config, source, socket)
+    _announce(config, source, web.url)
     gc.collect()
     gc.freeze()  # a full collection of what start-up made would hold the loop 25 to 44 ms
     await stop.wait()
@@ -225,14 +220,12 @@ async def _play(
     log.info("stopped", stored="everything")
 
 
-def _announce(config: Config, source: Source, socket: socket_module.socket) -> None:
-    host, port = socket.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+def _announce(config: Config, source: Source, url: str) -> None:
     prices = f"{source.name} (simulated)" if source.simulated else source.name
     log.info(
         "game_started", game=config.game.name, version=__version__, prices=prices, assets=config.game.assets
     )
-    log.info("look_here", url=f"http://{shown}:{port}", database=str(config.storage.path))
+    log.info("look_here", url=url, database=str(config.storage.path))
     soonest = min(config.game.settings, key=lambda setting: setting.horizon_s)
     wait_s = soonest.horizon_s + config.scoring.settle_delay_s + soonest.interval_s
     log.info("first_scores", in_about_s=round(wait_s / config.game.speed), stop_with="Ctrl-C")
