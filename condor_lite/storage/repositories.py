@@ -150,7 +150,7 @@ def load_models(conn: sqlite3.Connection) -> list[Model]:
 def touch_models(conn: sqlite3.Connection, model_nos: Iterable[int], at_s: float) -> None:
     """Note that these models are connected at `at_s`."""
     conn.executemany(
-        "UPDATE model SET last_seen_at_s = ?1 WHERE model_no = ?2 AND last_seen_at_s < ?1",
+        "UPDATE model SET last_seen_at_s = max(last_seen_at_s, ?) WHERE model_no = ?",
         ((int(at_s), model_no) for model_no in model_nos),
     )
 
@@ -238,7 +238,7 @@ def add_answers(conn: sqlite3.Connection, answers: Iterable[Answer]) -> int:
     )
     conn.executemany(
         "UPDATE model SET first_round_at_s = asked.scheduled_at_s "
-        "FROM (SELECT scheduled_at_s FROM round WHERE round_no = ?1) AS asked WHERE model_no = ?2 "
+        "FROM (SELECT scheduled_at_s FROM round WHERE round_no = ?) AS asked WHERE model_no = ? "
         "AND (first_round_at_s IS NULL OR first_round_at_s > asked.scheduled_at_s)",
         ((answer.round_no, answer.model_no) for answer in new),
     )

@@ -228,9 +228,9 @@ def _prune_payloads(conn: sqlite3.Connection, before_s: float, limit: int) -> It
 
 def _prune_rounds(conn: sqlite3.Connection, before_s: float, limit: int) -> Iterator[int]:
     rounds = conn.execute(
-        "SELECT round_no FROM round WHERE scheduled_at_s < ?1 AND resolvable_at_s < ?1 "
-        "AND status NOT IN ('open', 'closed') ORDER BY scheduled_at_s LIMIT ?2",
-        (before_s, limit),
+        "SELECT round_no FROM round WHERE scheduled_at_s < ? AND resolvable_at_s < ? "
+        "AND status NOT IN ('open', 'closed') ORDER BY scheduled_at_s LIMIT ?",
+        (before_s, before_s, limit),
     )
     for (round_no,) in rounds.fetchall():
         yield sum(
@@ -252,9 +252,9 @@ def _prune_prices(conn: sqlite3.Connection, before_s: float, limit: int) -> Iter
     while row := conn.execute(next_asset, (asset,)).fetchone():
         (asset,) = row
         yield conn.execute(
-            "DELETE FROM price WHERE asset = ?1 AND ts_s IN "
-            "(SELECT ts_s FROM price WHERE asset = ?1 AND ts_s < ?2 ORDER BY ts_s LIMIT ?3)",
-            (asset, before_s, limit),
+            "DELETE FROM price WHERE asset = ? AND ts_s IN "
+            "(SELECT ts_s FROM price WHERE asset = ? AND ts_s < ? ORDER BY ts_s LIMIT ?)",
+            (asset, asset, before_s, limit),
         ).rowcount
 
 
