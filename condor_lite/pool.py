@@ -1,0 +1,367 @@
+"""The process pool that checks and scores answers, and that no answer can break.
+
+`ProcessPoolExecutor` knows no time-out for a task, and the death of one worker breaks every task in flight.
+So a worker notes in shared memory which item it is on (`worker.py`), and the pool acts on the note: it is
+made anew, and what was in flight runs again, the suspects alone. Only an item that then ends its worker again,
+or holds it up again, is blamed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.sharedctypes import RawArray
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import anyio
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from condor_lite import worker
+from condor_lite.errors import CondorError, StartError
+from condor_lite.game.scoring import Rules
+from condor_lite.worker import Outcome, ScoringItem, ValidationItem
+
+log = structlog.get_logger()
+
+Item = TypeVar("Item", ValidationItem, ScoringItem)
+
+_BATCH_S = 0.1  # what a batch is worth, as far as is known: half of it pays for its way there and back
+_BATCH_ITEMS = 512
+_BATCH_BYTES = 4 * 2**20
+_GUESS_S_PER_BYTE = 5e-8  # until something has been measured
+_ITEM_BYTES = 200  # an item's cost besides its payload's, in bytes of payload
+_GRACE_S = 1.0  # after an item's time limit, before its worker is killed
+_START_S = 60.0  # the longest that a worker may take to start, or to hand in a finished batch
+_FRUITLESS = 3  # breaks in a row that nothing can be blamed for
+_MEMORY_MB = 1024
+
+
+class PoolError(CondorError):
+    """The processes that score don't stay alive, and no answer is to blame."""
+
+
+def make_executor(context: SpawnContext, workers: int, initargs: tuple[Any, ...]) -> Executor:
+    """The one place that knows which executor it is; another kind of `concurrent.futures` fits in here."""
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=worker.enter, initargs=initargs)
+
+
+class _RememberingContext(SpawnContext):
+    """Keeps the processes that it made: an executor has no public way to kill them before Python 3.14."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        process = SpawnProcess(*args, **kwargs)
+        self.made.append(process)
+        return process
+
+
+@dataclass(frozen=True, slots=True)
+class _Crew:
+    """An executor with its processes and the notes that they write."""
+
+    executor: Executor
+    context: _RememberingContext
+    notes: ctypes.Array[ctypes.c_double]
+
+    def note(self, slot: int) -> tuple[float, float]:
+        at = slot * worker.NOTE_WIDTH
+        return self.notes[at], self.notes[at + 1]
+
+    def dismiss(self) -> None:
+        """End all processes at once, whatever they do. Blocks until they have ended."""
+        for process in self.context.made:
+            with contextlib.suppress(ValueError, AttributeError):  # closed, or never started
+                process.kill()
+        self.executor.shutdown(wait=True)
+
+
+@dataclass(eq=False, slots=True)
+class _Flight:
+    """A batch on its way: the items' indices, and where the worker that has it makes its notes."""
+
+    items: list[int]
+    careful: bool
+    slot: int
+    since_s: float
+    future: Future[Outcome]
+    landed: asyncio.Future[None]
+    overdue: bool = False
+
+
+@dataclass(slots=True)
+class _Work(Generic[Item]):
+    """One call's items: what is still to do, and what came of the rest."""
+
+    function: Callable[[int, Sequence[Item], bool], Outcome]
+    items: Sequence[Item]
+    raw: npt.NDArray[np.float64]
+    reasons: dict[int, str] = field(default_factory=dict)
+    todo: deque[int] = field(default_factory=deque)
+    suspects: deque[list[int]] = field(default_factory=deque)
+
+    def record(self, indices: list[int], outcome: Outcome) -> None:
+        self.raw[indices] = outcome.raw
+        self.reasons.update((indices[at], reason) for at, reason in outcome.reasons.items())
+
+
+class ScoringPool:
+    """`async with ScoringPool(...) as pool`; calls run one after another, each spread over all workers.
+
+    Raises StartError on entering where the rule can't be loaded, PoolError where workers die by themselves.
+    """
+
+    def __init__(
+        self, workers: int, rules: Rules, time_limit_s: float, *, memory_mb: int = _MEMORY_MB
+    ) -> None:
+        self._workers = workers
+        self._rules = rules
+        self._time_limit_s = time_limit_s
+        self._memory_mb = memory_mb
+        self._s_per_byte: dict[object, float] = {}
+        self._busy = asyncio.Lock()
+        self._crew: _Crew | None = None
+        self._fruitless = 0
+        # Processes are started and ended in one thread: it takes milliseconds that the event loop does not
+        # have, and a worker ends with the thread that started it (PR_SET_PDEATHSIG).
+        self._thread = ThreadPoolExecutor(1, "scoring-pool")
+
+    async def __aenter__(self) -> Self:
+        try:
+            problem = await self._start_problem()
+            if problem is not None:
+                raise StartError(f"scoring.rule {self._rules.rule!r} can't be used: {problem}")
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._close()
+
+    async def validate(self, items: Sequence[ValidationItem]) -> dict[int, str]:
+        """Which of the items (by index) are no valid answers, and why."""
+        return (await self._run(worker.run_validation, items)).reasons
+
+    async def score(self, items: Sequence[ScoringItem]) -> tuple[npt.NDArray[np.float64], dict[int, str]]:
+        """Raw scores float64[len(items)], NaN where there is none, and for those (by index) the reason."""
+        work = await self._run(worker.run_scoring, items)
+        return work.raw, work.reasons
+
+    async def _start_problem(self) -> str | None:
+        """What keeps the first worker from scoring. It starts here: the first batch need not wait for it."""
+        future, _ = await self._in_thread(self._submit, worker.problem)
+        await asyncio.wait({_landed(future)}, timeout=_START_S)
+        if not future.done():
+            return f"importing it takes longer than {_START_S:g} s"
+        if future.exception() is not None:
+            return f"the scoring process ended while it started ({future.exception()})"
+        result: str | None = future.result()
+        return result
+
+    async def _close(self) -> None:
+        """End the workers and their thread. Not to be cut short: a worker must not outlive the pool."""
+        self._abandon()
+        with anyio.CancelScope(shield=True):
+            await asyncio.to_thread(self._thread.shutdown)
+
+    async def _run(
+        self, function: Callable[[int, Sequence[Item], bool], Outcome], items: Sequence[Item]
+    ) -> _Work[Item]:
+        work = _Work(function, items, np.full(len(items), np.nan), todo=deque(range(len(items))))
+        async with self._busy:
+            try:
+                await self._drive(work)
+            except BaseException:
+                self._abandon()  # batches in flight have no one to come back to
+                raise
+        return work
+
+    async def _drive(self, work: _Work[Item]) -> None:
+        flights: list[_Flight] = []
+        while work.todo or work.suspects or flights:
+            if work.suspects:
+                if not flights:  # alone, so that there is no doubt who did it
+                    flights.append(await self._launch(work, work.suspects.popleft(), 0, careful=True))
+            else:
+                while work.todo and len(flights) < self._workers:
+                    taken = {flight.slot for flight in flights}
+                    slot = next(slot for slot in range(self._workers) if slot not in taken)
+                    flights.append(await self._launch(work, self._next_batch(work), slot, careful=False))
+            await self._landing(flights)
+            if any(flight.overdue or _broke(flight) for flight in flights):
+                await self._recover(work, flights)
+                flights = []
+            for flight in [flight for flight in flights if flight.future.done()]:
+                flights.remove(flight)
+                outcome = flight.future.result()
+                work.record(flight.items, outcome)
+                self._learn(work, flight, outcome)
+                self._fruitless = 0
+
+    async def _launch(self, work: _Work[Item], batch: list[int], slot: int, careful: bool) -> _Flight:
+        items = [work.items[at] for at in batch]
+        future, since_s = await self._in_thread(self._submit, work.function, slot, items, careful)
+        return _Flight(batch, careful, slot, since_s, future, _landed(future))
+
+    async def _landing(self, flights: Iterable[_Flight]) -> None:
+        """Return when a batch has landed, or mark those whose worker does not react."""
+        assert self._crew is not None
+        while True:
+            now_s = time.monotonic()
+            wait_s = math.inf
+            for flight in flights:
+                item, since_s = self._crew.note(flight.slot)
+                if item >= 0 or item == worker.TOGETHER:
+                    left_s = since_s + self._time_limit_s + _GRACE_S - now_s
+                else:
+                    left_s = max(since_s, flight.since_s) + _START_S - now_s
+                if left_s <= 0 and not flight.future.done():
+                    flight.overdue = True
+                wait_s = min(wait_s, left_s)
+            if any(flight.overdue for flight in flights):
+                return
+            landed = {flight.landed for flight in flights}
+            done, _ = await asyncio.wait(landed, timeout=max(wait_s, 0), return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                return
+
+    async def _recover(self, work: _Work[Item], flights: list[_Flight]) -> None:
+        """Make the pool anew, and sort what was in flight into guilty, suspect and innocent."""
+        crew = self._crew
+        assert crew is not None
+        await self._in_thread(self._dismiss)
+        await asyncio.wait({flight.landed for flight in flights})
+        some_overdue = any(flight.overdue for flight in flights)
+        blamed = False
+        for flight in flights:
+            if not _broke(flight):  # it landed in the meantime
+                work.record(flight.items, flight.future.result())
+                continue
+            item, _ = crew.note(flight.slot)
+            noted = flight.items[int(item)] if item >= 0 else None
+            innocent = some_overdue and not flight.overdue
+            if innocent or (noted is None and item != worker.TOGETHER):
+                if flight.careful:
+                    work.suspects.append(flight.items)
+                else:
+                    work.todo.extendleft(reversed(flight.items))
+                continue
+            blamed = True
+            if noted is None:
+                work.suspects.append(flight.items)
+                continue
+            rest = [at for at in flight.items if at != noted]
+            if flight.careful:
+                work.reasons[noted] = self._verdict(flight)
+                if rest:
+                    work.suspects.append(rest)
+            else:
+                work.suspects.append([noted])
+                work.todo.extendleft(reversed(rest))
+        log.warning(
+            "scoring_pool_remade",
+            cause="a worker was stuck" if some_overdue else "a worker died",
+            answers_in_flight=sum(len(flight.items) for flight in flights),
+        )
+        self._fruitless = 0 if blamed else self._fruitless + 1
+        if self._fruitless >= _FRUITLESS:
+            self._fruitless = 0
+            raise PoolError(
+                f"the scoring processes ended {_FRUITLESS} times in a row before they scored anything; "
+                "is memory short, or does the host's rule end them while it is imported?"
+            )
+
+    def _verdict(self, flight: _Flight) -> str:
+        if flight.overdue:
+            return f"takes longer than {self._time_limit_s:g} s to score"
+        return "ended the process that scored it"
+
+    def _next_batch(self, work: _Work[Item]) -> list[int]:
+        s_per_byte = self._s_per_byte.get(work.function, _GUESS_S_PER_BYTE)
+        allowed = min(_BATCH_BYTES, _BATCH_S / s_per_byte)
+        batch = [work.todo.popleft()]
+        size = _cost_bytes(work.items[batch[0]])
+        while work.todo and len(batch) < _BATCH_ITEMS:
+            size += _cost_bytes(work.items[work.todo[0]])
+            if size > allowed:
+                break
+            batch.append(work.todo.popleft())
+        return batch
+
+    def _learn(self, work: _Work[Item], flight: _Flight, outcome: Outcome) -> None:
+        """Follow what a byte costs, slowly enough that a few odd answers don't decide."""
+        measured = outcome.spent_s / sum(_cost_bytes(work.items[at]) for at in flight.items)
+        before = self._s_per_byte.get(work.function, measured)
+        self._s_per_byte[work.function] = 0.7 * before + 0.3 * measured
+
+    def _abandon(self) -> None:
+        """Let the crew go without waiting for it. The next call hires another."""
+        self._thread.submit(self._dismiss)
+
+    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    # In the pool's thread only, from here on.
+
+    def _submit(self, function: Callable[..., Any], *args: Any) -> tuple[Future[Any], float]:
+        crew = self._crew or self._hire()
+        if args:
+            slot = args[0] * worker.NOTE_WIDTH
+            crew.notes[slot], crew.notes[slot + 1] = worker.UNTOUCHED, 0.0
+        try:
+            return crew.executor.submit(function, *args), time.monotonic()
+        except BrokenExecutor as error:
+            broken: Future[Any] = Future()
+            broken.set_exception(error)
+            return broken, time.monotonic()
+
+    def _hire(self) -> _Crew:
+        context = _RememberingContext()
+        notes = RawArray("d", self._workers * worker.NOTE_WIDTH)
+        initargs = (os.getpid(), notes, self._rules, self._time_limit_s, self._memory_mb)
+        self._crew = _Crew(make_executor(context, self._workers, initargs), context, notes)
+        return self._crew
+
+    def _dismiss(self) -> None:
+        crew, self._crew = self._crew, None
+        if crew is not None:
+            crew.dismiss()
+
+
+def _cost_bytes(item: ValidationItem | ScoringItem) -> int:
+    return len(item.payload) + _ITEM_BYTES
+
+
+def _broke(flight: _Flight) -> bool:
+    return flight.future.done() and isinstance(flight.future.exception(), BrokenExecutor)
+
+
+def _landed(future: Future[Any]) -> asyncio.Future[None]:
+    """Done when `future` is. Unlike `asyncio.wrap_future` it never cancels it, which a broken executor's
+    own thread would stumble over."""
+    loop = asyncio.get_running_loop()
+    landed: asyncio.Future[None] = loop.create_future()
+
+    def land() -> None:
+        if not landed.done():
+            landed.set_result(None)
+
+    future.add_done_callback(lambda _: loop.call_soon_threadsafe(land))
+    return landed

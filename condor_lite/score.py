@@ -1,0 +1,101 @@
+"""The scoring loop: closed rounds are checked, resolved rounds are scored, and the leaderboard follows.
+
+It may be stopped, killed and run again at any time. Nothing heavy runs on the event loop: answers are decoded
+and scored in the process pool, what concerns many models is computed in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+from condor_lite.clock import Clock
+from condor_lite.config import Config
+from condor_lite.game.entities import Leaderboard
+from condor_lite.game.scoring import Rules, load_rule
+from condor_lite.pool import ScoringPool
+from condor_lite.scorer import Scorer
+from condor_lite.storage import scores
+from condor_lite.storage.database import Database
+
+
+class ScoreLoop:
+    """One game's scoring. `on_leaderboard(leaderboard)` is called on the event loop with each new one.
+
+    `finish()` may be called while `run()` runs or when it does not, but `run()` must not end during it.
+    """
+
+    def __init__(
+        self, config: Config, clock: Clock, db: Database, on_leaderboard: Callable[[Leaderboard], None]
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._db = db
+        self._on_leaderboard = on_leaderboard
+        self._news = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._scorer: Scorer | None = None
+
+    def wake(self) -> None:
+        """Something may be due: a round closed, or prices arrived."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """Score what becomes due until cancelled. Started again after a failure, it goes on where it was.
+
+        Raises StartError or RuleError where the rule can't be used.
+        """
+        async with AsyncExitStack() as stack:
+            with self._clock.hold():
+                self._scorer = await self._start(stack)
+            stack.callback(self._forget)
+            while True:
+                begun_s = self._clock.now()
+                self._news.clear()
+                with self._clock.hold():
+                    async with self._turn:
+                        next_s = await self._scorer.cycle()
+                # The interval is the wall's; a stepped clock stands in for that, too.
+                pause_s = self._config.scoring.interval_s * self._clock.speed
+                await self._clock.sleep_until(begun_s + pause_s)
+                await self._news_or(next_s)
+
+    async def finish(self) -> None:
+        """Score what is due now, and return when it is stored."""
+        with self._clock.hold():
+            async with self._turn, AsyncExitStack() as stack:
+                scorer = self._scorer or await self._start(stack)
+                await scorer.cycle()
+
+    async def _start(self, stack: AsyncExitStack) -> Scorer:
+        scoring = self._config.scoring
+        rules = Rules(
+            rule=scoring.rule,
+            target=scoring.target,
+            log_halfwidth_bp=scoring.log_halfwidth,
+            max_components=scoring.max_components,
+            max_segment_bytes=self._config.predict.max_segment_bytes,
+        )
+        # In a thread, as a host's own rule is imported here.
+        info, fingerprint = await asyncio.to_thread(lambda: (load_rule(rules.rule), rules.fingerprint()))
+        pool = await stack.enter_async_context(ScoringPool(scoring.workers, rules, scoring.time_limit_s))
+        version = await self._db.write(
+            scores.current_scorer, rules.rule, rules.target, fingerprint, self._clock.now()
+        )
+        return Scorer(self._config, self._clock, self._db, pool, info, version, self._on_leaderboard)
+
+    def _forget(self) -> None:
+        self._scorer = None
+
+    async def _news_or(self, at_s: float) -> None:
+        """Return when there is news, or at `at_s`."""
+        waits = [
+            asyncio.ensure_future(self._news.wait()),
+            asyncio.ensure_future(self._clock.sleep_until(at_s)),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()

@@ -1,0 +1,404 @@
+"""What a scoring cycle does: check answers, settle rounds, keep the window sums, publish the leaderboard.
+
+A round's scores are one transaction, and a second time nothing is stored: a cycle may be cut off anywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from condor_lite.clock import Clock
+from condor_lite.config import Config
+from condor_lite.errors import StorageError
+from condor_lite.game.entities import Leaderboard, Model, Round, RoundScores, RuleInfo, VoidRound, Window
+from condor_lite.game.leaderboard import is_gone, reference_benchmark
+from condor_lite.game.outcome import SCORE, WAIT, Realised, Series, realise, verdict
+from condor_lite.game.rounds import score_round
+from condor_lite.game.windows import HOUR_S, WindowRows, WindowSums, window_start_s
+from condor_lite.pool import PoolError, ScoringPool
+from condor_lite.storage import repositories, scores
+from condor_lite.storage.database import Database
+from condor_lite.worker import ScoringItem, ValidationItem
+
+log = structlog.get_logger()
+
+_Answers = tuple[Round, dict[int, bytes]]  # a round and its payloads by `model_no`
+
+_PAGE = 256  # rounds looked at together
+_GROUP_BYTES = 16 * 2**20  # payloads held at a time
+_TRIES = 5
+_RETRY_FIRST_S = 10.0  # on the wall; doubled with each try
+_PRUNED_ROWS = 500  # a step: a few milliseconds of the writer
+_PRUNE_STEPS = 20  # a cycle
+_OURS = (sqlite3.OperationalError, StorageError, PoolError, OSError)  # no round is to blame for these
+
+
+@dataclass(frozen=True, slots=True)
+class _Trouble:
+    """A round that could not be scored, for a reason of its own."""
+
+    reason: str
+    tries: int
+    retry_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A round that can be scored: what happened, whom it counts for, and their answers (by `model_no`)."""
+
+    round: Round
+    realised: Realised
+    counted: dict[int, bool]
+    payloads: dict[int, bytes]
+
+
+class Scorer:
+    """The scoring's state between two cycles. All of it can be made anew from the database."""
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        db: Database,
+        pool: ScoringPool,
+        info: RuleInfo,
+        version: int,
+        on_leaderboard: Callable[[Leaderboard], None],
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._db = db
+        self._pool = pool
+        self._info = info
+        self._version = version
+        self._on_leaderboard = on_leaderboard
+        self._sums: WindowSums | None = None
+        self._models: list[Model] = []
+        self._troubles: dict[int, _Trouble] = {}
+        self._leaderboard: Leaderboard | None = None
+        self._shown: object = None
+        self._published_s = -math.inf
+        self._snapshot: float | None = None
+
+    async def cycle(self) -> float:
+        """Do all that is due now; the game's time at which more becomes due without any news."""
+        done: Counter[str] = Counter()
+        try:
+            if self._sums is None:
+                await self._publish(changed=True)
+            await self._validate(done)
+            pending_s = await self._settle(done)
+            await self._publish(changed=bool(done))
+        except BaseException:
+            self._sums = None  # a round may be stored and not yet added
+            raise
+        if done:
+            log.info("scores", **done, leader=self._leader())
+        await self._prune()
+        now_s, every_s = self._clock.now(), self._config.scoring.snapshot_interval_s
+        return min(pending_s, (now_s // HOUR_S + 1) * HOUR_S, (now_s // every_s + 1) * every_s)
+
+    # The leaderboard
+
+    async def _publish(self, changed: bool) -> None:
+        """A new leaderboard where it differs: scores, models or the hour changed. At times it is stored."""
+        now_s = self._clock.now()
+        self._models = await self._db.read(repositories.load_models)
+        benchmark = reference_benchmark(self._models, now_s)
+        if self._sums is None or self._sums.benchmark != benchmark:
+            self._sums = await self._summed(benchmark, now_s)
+            changed = True
+        models = [(model.model_no, model.info, is_gone(model, now_s)) for model in self._models]
+        shown = (now_s // HOUR_S, models)
+        snapshot = now_s // self._config.scoring.snapshot_interval_s
+        if changed or shown != self._shown or snapshot != self._snapshot:
+            most = self._config.game.max_models_per_player
+            self._leaderboard = await asyncio.to_thread(self._sums.leaderboard, now_s, self._models, most)
+            self._shown, self._published_s = shown, now_s
+            self._on_leaderboard(self._leaderboard)
+            if self._snapshot is not None and snapshot != self._snapshot:
+                await self._db.write(scores.save_leaderboard, self._leaderboard, True)
+            self._snapshot = snapshot
+
+    async def _summed(self, benchmark: int | None, now_s: float) -> WindowSums:
+        """The sums of all that is stored."""
+        sums = WindowSums(
+            self._config.game.settings, self._info, scorer_version=self._version, benchmark=benchmark
+        )
+        since_s = window_start_s(Window.ANCHOR, now_s)
+        rows = await self._db.read(scores.load_window_rows, self._version, since_s)
+        columns = {name: rows[name] for name in WindowRows.__slots__}
+        await asyncio.to_thread(sums.load, WindowRows(**columns))
+        return sums
+
+    def _leader(self) -> str | None:
+        standings = self._leaderboard.standings if self._leaderboard else ()
+        return next((one.model.info.model_name for one in standings if one.rank == 1), None)
+
+    # Checking answers
+
+    async def _validate(self, done: Counter[str]) -> None:
+        """Look into the answers of closed rounds, so that a participant soon knows what was wrong."""
+        while True:
+            limit = _PAGE + len(self._troubles)
+            found = await self._db.read(repositories.rounds_to_validate, limit)
+            rounds: Sequence[Round] = await self._worth_a_try(found, done)
+            if not rounds:
+                return
+            while rounds:
+                group, rounds = await self._with_payloads(rounds)
+                await self._check(group, done)
+
+    async def _check(self, group: Sequence[_Answers], done: Counter[str]) -> None:
+        items = []
+        for round_, payloads in group:
+            unit = await self._scale_unit(round_)
+            items += [ValidationItem(payload, round_.setting, unit) for payload in payloads.values()]
+        invalid = _by_round(group, await self._pool.validate(items))
+        for (round_, _), reasons in zip(group, invalid, strict=True):
+            with self._blaming(round_):
+                await self._db.write(repositories.save_validation, _no(round_), reasons)
+                if reasons:
+                    done["invalid"] += len(reasons)
+                    log.debug("answers_invalid", round_id=round_.round_id, models=list(reasons))
+
+    async def _scale_unit(self, round_: Round) -> float:
+        """What bounds on scales are multiples of: `P(t0)` where price changes are asked for, otherwise 1."""
+        if self._config.scoring.target != "price_change":
+            return 1.0
+        at_s = round_.scheduled_at_s
+        _, prices = await self._db.read(
+            repositories.load_prices, round_.asset, at_s - self._config.feed.max_staleness_s, at_s
+        )
+        return float(prices[-1]) if len(prices) else 1.0
+
+    # Settling rounds
+
+    async def _settle(self, done: Counter[str]) -> float:
+        """Score or void what can be; the game's time at which the next round becomes due."""
+        scoring = self._config.scoring
+        waiting: dict[int, Round] = {}
+        seen: set[int] = set()
+        while True:
+            now_s = self._clock.now()
+            until_s = now_s - scoring.settle_delay_s
+            limit = _PAGE + len(waiting) + len(self._troubles)
+            found = await self._db.read(scores.rounds_to_settle, until_s, limit)
+            new = [round_ for round_ in found if _no(round_) not in seen]
+            if not new:
+                break
+            seen.update(_no(round_) for round_ in new)
+            new = await self._worth_a_try(new, done)
+            newest_s = await self._db.read(_newest_prices_s, {round_.asset for round_ in new})
+            ready: Sequence[Round] = []
+            for round_ in new:
+                decision = verdict(
+                    newest_s[round_.asset],
+                    now_s,
+                    round_,
+                    settle_delay_s=scoring.settle_delay_s,
+                    void_after_s=scoring.void_after_s,
+                )
+                if decision == WAIT:
+                    waiting[_no(round_)] = round_
+                elif decision == SCORE:
+                    ready = [*ready, round_]
+                else:
+                    await self._void(round_, decision, done)
+            while ready:
+                group, ready = await self._with_payloads(ready)
+                await self._score(group, done)
+            if now_s - self._published_s >= scoring.interval_s * self._clock.speed:
+                await self._publish(changed=True)  # a long backlog shows as it shrinks
+
+        # What is left of the rounds that are due already stands before those that are not.
+        left = len(waiting) + len(self._troubles)
+        coming = await self._db.read(scores.rounds_to_settle, math.inf, left + 1)
+        times_s: list[float] = [
+            round_.resolvable_at_s + scoring.settle_delay_s
+            for round_ in coming
+            if round_.resolvable_at_s > until_s
+        ]
+        times_s += [round_.resolvable_at_s + scoring.void_after_s for round_ in waiting.values()]
+        times_s += [trouble.retry_at_s for trouble in self._troubles.values()]
+        return min(times_s, default=math.inf)
+
+    async def _score(self, group: Sequence[_Answers], done: Counter[str]) -> None:
+        """Score rounds together, and store each by itself."""
+        series = await self._series([round_ for round_, _ in group])
+        tasks: list[_Task] = []
+        for round_, payloads in group:
+            with self._blaming(round_):
+                realised = await asyncio.to_thread(self._realise, series[round_.asset], round_)
+                if realised.void_reason is not None:
+                    await self._void(round_, realised.void_reason, done)
+                    continue
+                counted = await self._db.read(scores.counted_models, _no(round_))
+                tasks.append(_Task(round_, realised, counted, payloads))
+        items = [
+            ScoringItem(payload, task.round.setting, task.realised)
+            for task in tasks
+            for payload in task.payloads.values()
+        ]
+        raw, reasons = await self._pool.score(items)
+        begin = 0
+        failed = _by_round([(task.round, task.payloads) for task in tasks], reasons)
+        for task, failures in zip(tasks, failed, strict=True):
+            end = begin + len(task.payloads)
+            with self._blaming(task.round):
+                await self._save(task, raw[begin:end], failures, done)
+            begin = end
+
+    async def _save(
+        self, task: _Task, raw: npt.NDArray[np.float64], failures: Mapping[int, str], done: Counter[str]
+    ) -> None:
+        round_, realised = task.round, task.realised
+        values: dict[int, float | None] = dict.fromkeys(task.counted)
+        answers = dict(zip(task.payloads, raw.tolist(), strict=True))
+        values.update((model_no, value) for model_no, value in answers.items() if model_no not in failures)
+        benchmarks = {model.model_no for model in self._models if model.info.benchmark}
+        result = await asyncio.to_thread(score_round, values, benchmarks, realised.no_move, self._info)
+        at_ms = int(self._clock.now() * 1000)
+        saved = await self._db.write(
+            _store, _no(round_), failures, result, self._version, realised.resolved, at_ms
+        )
+        self._troubles.pop(_no(round_), None)
+        if failures:
+            done["invalid"] += len(failures)
+            log.warning("answers_not_scored", round_id=round_.round_id, reasons=dict(failures))
+        if isinstance(result, VoidRound):
+            done["void"] += 1
+            log.info("round_void", round_id=round_.round_id, reason=result.reason)
+        elif saved and self._sums is not None:
+            done["rounds"] += 1
+            done["answers"] += len(answers) - len(failures)
+            await asyncio.to_thread(self._sums.add, round_.setting.key, round_.resolvable_at_s, result)
+            log.debug("round_scored", round_id=round_.round_id, answers=len(answers), median=result.median)
+
+    async def _void(self, round_: Round, reason: str, done: Counter[str]) -> None:
+        await self._db.write(scores.void_round, _no(round_), reason)
+        self._troubles.pop(_no(round_), None)
+        done["void"] += 1
+        log.info("round_void", round_id=round_.round_id, reason=reason)
+
+    async def _series(self, rounds: Iterable[Round]) -> dict[str, Series]:
+        """Each asset's prices over all that its rounds span, read once."""
+        spans: dict[str, tuple[int, int]] = {}
+        for round_ in rounds:
+            from_s = round_.scheduled_at_s - self._config.feed.max_staleness_s
+            before = spans.get(round_.asset, (from_s, round_.resolvable_at_s))
+            spans[round_.asset] = (min(before[0], from_s), max(before[1], round_.resolvable_at_s))
+        return {
+            asset: Series(*await self._db.read(repositories.load_prices, asset, *span))
+            for asset, span in spans.items()
+        }
+
+    def _realise(self, series: Series, round_: Round) -> Realised:
+        """The outcome, from the round's own span: what else is scored along with it makes no difference."""
+        from_s = round_.scheduled_at_s - self._config.feed.max_staleness_s
+        own = slice(int(np.searchsorted(series.ts_s, from_s)), None)
+        return realise(
+            Series(series.ts_s[own], series.price[own]),
+            round_.setting,
+            round_.scheduled_at_s,
+            self._config.feed.tick_s,
+            self._config.scoring.target,
+        )
+
+    async def _with_payloads(self, rounds: Sequence[Round]) -> tuple[list[_Answers], Sequence[Round]]:
+        """The first rounds with their payloads, as many as may be held at a time, and the other rounds."""
+        group: list[_Answers] = []
+        size = 0
+        for place, round_ in enumerate(rounds):
+            if size >= _GROUP_BYTES:
+                return group, rounds[place:]
+            with self._blaming(round_):
+                payloads = await self._db.read(repositories.payloads, _no(round_))
+                group.append((round_, payloads))
+                size += sum(map(len, payloads.values()))
+        return group, []
+
+    # Rounds in trouble
+
+    @contextmanager
+    def _blaming(self, round_: Round) -> Iterator[None]:
+        """What goes wrong with one round is that round's: it is tried again later, and the others go on."""
+        try:
+            yield
+        except _OURS:
+            raise
+        except Exception as error:
+            before = self._troubles.get(_no(round_))
+            tries = before.tries + 1 if before else 1
+            pause_s = _RETRY_FIRST_S * 2 ** (tries - 1)
+            retry_at_s = self._clock.now() + pause_s * self._clock.speed
+            reason = f"scoring failed: {type(error).__name__}: {error}"
+            self._troubles[_no(round_)] = _Trouble(reason, tries, retry_at_s)
+            log.exception("round_not_scored", round_id=round_.round_id, tries=tries, retry_in_s=pause_s)
+
+    async def _worth_a_try(self, rounds: Iterable[Round], done: Counter[str]) -> list[Round]:
+        """Those not in trouble, or with another try due. One that failed for good is void."""
+        worth = []
+        for round_ in rounds:
+            trouble = self._troubles.get(_no(round_))
+            if trouble is not None and trouble.tries >= _TRIES:
+                await self._void(round_, trouble.reason, done)
+            elif trouble is None or self._clock.now() >= trouble.retry_at_s:
+                worth.append(round_)
+        return worth
+
+    async def _prune(self) -> None:
+        """Forget what is older than the host wants to keep, in steps that other writers fit between."""
+        for _ in range(_PRUNE_STEPS):
+            if not await self._db.write(scores.prune, self._clock.now(), self._config.storage, _PRUNED_ROWS):
+                return
+
+
+def _no(round_: Round) -> int:
+    assert round_.round_no is not None, "a stored round has a number"
+    return round_.round_no
+
+
+def _by_round(group: Sequence[_Answers], reasons: Mapping[int, str]) -> list[dict[int, str]]:
+    """Reasons by an answer's place among all of the group's -> for each round, by `model_no`."""
+    owners = [(place, model_no) for place, (_, payloads) in enumerate(group) for model_no in payloads]
+    found: list[dict[int, str]] = [{} for _ in group]
+    for index, reason in sorted(reasons.items()):
+        place, model_no = owners[index]
+        found[place][model_no] = reason
+    return found
+
+
+# Transactions
+
+
+def _newest_prices_s(conn: sqlite3.Connection, assets: Iterable[str]) -> dict[str, int | None]:
+    return {asset: repositories.newest_price_s(conn, asset) for asset in assets}
+
+
+def _store(
+    conn: sqlite3.Connection,
+    round_no: int,
+    failures: Mapping[int, str],
+    result: RoundScores | VoidRound,
+    version: int,
+    resolved: int,
+    at_ms: int,
+) -> bool:
+    """All that came of a round, in one transaction; False where it was scored before."""
+    if failures:
+        repositories.save_validation(conn, round_no, failures)
+    if isinstance(result, VoidRound):
+        scores.void_round(conn, round_no, result.reason)
+        return True
+    return scores.save_round_scores(conn, round_no, version, result, resolved, at_ms)

@@ -1,0 +1,251 @@
+"""What runs inside a process of the scoring pool: no event loop, no database, nothing but pure functions.
+
+`pool.py` is the other side. A worker notes in shared memory which item it is on and since when, so that the
+pool knows the guilty one when the worker dies or does not react.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from condor_lite.errors import InvalidAnswer
+from condor_lite.game.density import Densities, decode
+from condor_lite.game.entities import Setting
+from condor_lite.game.scoring import Realised, Rules, load_rule, score
+
+T = TypeVar("T")
+
+NOTE_WIDTH = (
+    2  # an item's index or one of the three below, and since when (monotonic: one clock for all processes)
+)
+UNTOUCHED = -1.0
+TOGETHER = -2.0
+FINISHED = -3.0
+
+_PR_SET_PDEATHSIG = 1
+_REASON_CHARS = 300
+_POLITENESS = 10  # added to the process's nice value: predicting comes first
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationItem:
+    """An answer to check. Bounds on scales are multiples of `scale_unit`: `P(t0)` for price changes."""
+
+    payload: bytes
+    setting: Setting
+    scale_unit: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringItem:
+    """An answer to score against what happened. Answers of a round share one `realised`: it is sent once."""
+
+    payload: bytes
+    setting: Setting
+    realised: Realised
+
+    @property
+    def scale_unit(self) -> float:
+        """`P(t0)` for price changes, 1 for log returns: `unit` is 1e4 divided by it."""
+        return 1e4 / self.realised.unit
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a batch: `raw[k]` is NaN where item k was only validated, or has a reason."""
+
+    raw: npt.NDArray[np.float64]
+    reasons: dict[int, str]
+    spent_s: float
+
+
+class _TimeOver(BaseException):
+    """Not an Exception, so that a rule's own `except Exception` does not swallow it."""
+
+
+class _Failed(Exception):  # noqa: N818
+    """One item's failure; the message is the reason that its participant reads."""
+
+
+class _Worker:
+    """The process's state: where to note, what to apply, how long an item may take."""
+
+    def __init__(
+        self, notes: ctypes.Array[ctypes.c_double], rules: Rules, time_limit_s: float, memory_mb: int
+    ) -> None:
+        self._notes = notes
+        self._rules = rules
+        self._time_limit_s = time_limit_s
+        self._memory_mb = memory_mb
+
+    def note(self, slot: int, item: float) -> None:
+        """The item first, then the time: death in between blames the next item, not the one that is done."""
+        self._notes[slot * NOTE_WIDTH] = item
+        self._notes[slot * NOTE_WIDTH + 1] = time.monotonic()
+
+    def validate(self, slot: int, items: Sequence[ValidationItem]) -> dict[int, str]:
+        reasons = {}
+        for at, item in enumerate(items):
+            try:
+                self._limited(slot, at, partial(self._decode, item))
+            except _Failed as failure:
+                reasons[at] = str(failure)
+        return reasons
+
+    def score(
+        self, slot: int, items: Sequence[ScoringItem], careful: bool
+    ) -> tuple[npt.NDArray[np.float64], dict[int, str]]:
+        """Decode each, then evaluate all together; one by one where that fails or `careful` asks for it."""
+        raw = np.full(len(items), np.nan)
+        reasons: dict[int, str] = {}
+        pairs: dict[int, tuple[Densities, Realised]] = {}
+        for at, item in enumerate(items):
+            try:
+                pairs[at] = (self._limited(slot, at, partial(self._decode, item)), item.realised)
+            except _Failed as failure:
+                reasons[at] = str(failure)
+        # A host's own rule goes one by one: nothing is known of its speed, and a batch wins nothing there.
+        together = len(pairs) > 1 and not careful and ":" not in self._rules.rule
+        if together:
+            with contextlib.suppress(_Failed):
+                values = self._limited(slot, TOGETHER, partial(self._evaluate, list(pairs.values())), tries=1)
+                raw[list(pairs)] = values
+                return raw, reasons
+        for at, pair in pairs.items():
+            try:
+                work = partial(self._evaluate, [pair])
+                raw[at] = self._limited(slot, at, work, tries=1 if together else 2)[0]
+            except _Failed as failure:
+                reasons[at] = str(failure)
+        return raw, reasons
+
+    def _decode(self, item: ValidationItem | ScoringItem) -> Densities:
+        rule = self._rules.rule
+        return decode(item.payload, item.setting, self._rules.limits, rule=rule, scale_unit=item.scale_unit)
+
+    def _evaluate(self, pairs: list[tuple[Densities, Realised]]) -> list[float]:
+        values = []
+        for scores in score(pairs, self._rules):
+            if scores.error is not None:
+                raise _Failed(scores.error[:_REASON_CHARS])
+            if not math.isfinite(scores.raw):
+                raise _Failed(f"can't be scored: the rule {self._rules.rule!r} gives {scores.raw}")
+            values.append(scores.raw)
+        return values
+
+    def _limited(self, slot: int, item: float, work: Callable[[], T], tries: int = 2) -> T:
+        """`work()` within the time limit. The second try is for a machine that stood still meanwhile."""
+        try:
+            self.note(slot, item)
+            # An alarm on the very edge is raised inside the outer block, too: nowhere else can it be pending.
+            signal.setitimer(signal.ITIMER_REAL, self._time_limit_s)
+            try:
+                return work()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except _TimeOver:
+            if tries <= 1:
+                raise _Failed(f"takes longer than {self._time_limit_s:g} s to score") from None
+        except _Failed:
+            raise
+        except InvalidAnswer as error:
+            raise _Failed(str(error)) from None
+        except MemoryError:
+            raise _Failed(f"takes more than {self._memory_mb} MB of memory to score") from None
+        except BaseException as error:  # a host's rule may raise what it likes, SystemExit included
+            raise _Failed(f"can't be scored: {type(error).__name__}: {error}"[:_REASON_CHARS]) from None
+        return self._limited(slot, item, work, tries - 1)
+
+
+_worker: _Worker | None = None
+_problem: str | None = None
+
+
+def enter(
+    parent_pid: int,
+    notes: ctypes.Array[ctypes.c_double],
+    rules: Rules,
+    time_limit_s: float,
+    memory_mb: int,
+) -> None:
+    """The pool's initializer. A rule that can't be loaded is told by `problem()`: an error here says less."""
+    global _worker, _problem
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with(parent_pid)
+    os.nice(_POLITENESS)
+    _worker = _Worker(notes, rules, time_limit_s, memory_mb)
+    try:
+        load_rule(rules.rule)
+    except BaseException as error:  # whatever importing a host's module raises
+        _problem = str(error) or type(error).__name__
+    _limit_memory(memory_mb)
+
+
+def problem() -> str | None:
+    """Why this worker can't score, or None."""
+    return _problem
+
+
+def run_validation(slot: int, items: Sequence[ValidationItem], careful: bool) -> Outcome:
+    """Check a batch; notes go to `slot`. Nothing that an item does raises. (One by one in any case.)"""
+    worker, started_s = _ready()
+    reasons = worker.validate(slot, items)
+    worker.note(slot, FINISHED)
+    return Outcome(np.full(len(items), np.nan), reasons, time.monotonic() - started_s)
+
+
+def run_scoring(slot: int, items: Sequence[ScoringItem], careful: bool) -> Outcome:
+    """Score a batch; notes go to `slot`. Nothing that an item does raises."""
+    worker, started_s = _ready()
+    raw, reasons = worker.score(slot, items, careful)
+    worker.note(slot, FINISHED)
+    return Outcome(raw, reasons, time.monotonic() - started_s)
+
+
+def _ready() -> tuple[_Worker, float]:
+    """The worker, with signals as they belong: a host's rule may have left them blocked or handled."""
+    assert _worker is not None
+    signal.signal(signal.SIGALRM, _ring)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    return _worker, time.monotonic()
+
+
+def _ring(signum: int, frame: FrameType | None) -> NoReturn:
+    raise _TimeOver
+
+
+def _end_with(parent_pid: int) -> None:
+    """Let the kernel kill this process when its parent ends, however that happens; also when it already has.
+
+    The "parent" is the thread that started this process: `pool.py` keeps that thread as long as the pool.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("the process that this worker belongs to has ended")
+
+
+def _limit_memory(memory_mb: int) -> None:
+    """Let this process grow by `memory_mb` from here on; more is a MemoryError, not the kernel's choice."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + memory_mb * 2**20
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(
+        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
