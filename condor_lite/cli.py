@@ -6,9 +6,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from condor_lite import __version__, stopping
 from condor_lite.errors import CondorError, ConfigError
+
+if TYPE_CHECKING:
+    from condor_lite.config import Config
 
 EXIT_BAD_START = 2
 
@@ -65,13 +69,21 @@ def _complain(*lines: str) -> None:
     print("condor-lite: " + "\n".join(lines), file=sys.stderr)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _config(arguments: argparse.Namespace) -> Config:
     from condor_lite import config as configuration
-    from condor_lite import logs
-    from condor_lite.check import check
 
-    config = configuration.load(arguments.config or configuration.find(Path.cwd()), os.environ)
-    if problems := check(config):
+    path = arguments.config or configuration.find(Path.cwd())
+    # A host's own rule or feed lies beside the config; last on the path, so that it can't hide a library.
+    sys.path.append(str((path or Path.cwd() / "demo").absolute().parent))
+    return configuration.load(path, os.environ)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from condor_lite import logs
+    from condor_lite.check import obstacles
+
+    config = _config(arguments)
+    if problems := obstacles(config):
         _complain("the game can't start:", *(f"  {problem}" for problem in problems))
         return EXIT_BAD_START
     if stopping.asked():
@@ -89,16 +101,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from condor_lite import config as configuration
     from condor_lite.check import check
 
-    path = arguments.config or configuration.find(Path.cwd())
-    config = configuration.load(path, os.environ)
+    config = _config(arguments)
     if problems := check(config):
         _complain("problems:", *(f"  {problem}" for problem in problems))
         return EXIT_BAD_START
     asked = f"{len(config.game.settings)} settings on {', '.join(config.game.assets)}"
-    print(f"{path or 'the demo config'}: all good ({asked})")
+    print(f"all good: {config.game.name}, {asked}")
     return 0
 
 
