@@ -128,7 +128,7 @@ class LocalModel:
 
     def report(self, reason: str) -> None:
         """The game says that the running deployment is useless: stop it."""
-        if self._process:
+        if self._process and self._report is None:
             self._report = reason
             self._wake.set()
 
@@ -140,6 +140,7 @@ class LocalModel:
                     await self._attempt(tasks)
                     await self._wait_for_next_attempt()
             finally:
+                await self._clear_away()
                 if self._process:
                     await self._stop(self._process)
                 tasks.cancel_scope.cancel()
@@ -153,12 +154,14 @@ class LocalModel:
         if not self._process:
             self._set(LocalState.STARTING, self._reason)
         now = datetime.now(UTC)
-        deployment_id = f"{source.model_id}_{now:%Y%m%d_%H%M%S}_{now.microsecond // 1000:03}{next(_starts)}"
+        stamp = f"{now:%Y%m%d_%H%M%S}_{now.microsecond // 1000:03}"
+        deployment_id = f"{source.model_id}_{stamp}_{next(_starts)}"
         try:
             process = await launch(source, deployment_id, self._settings)
         except LaunchError as error:
             self._failed(str(error), final=error.final)
             return
+        await self._clear_away()
         old, self._process, self._report = self._process, process, None
         self._started_s = anyio.current_time()
         self._starts += 1
@@ -175,6 +178,7 @@ class LocalModel:
         if process is self._process:  # otherwise its end was wanted
             self._process = None
             self._died = (process, how)
+            self._set(LocalState.RESTARTING, how)
             self._announce([self._entry(process, "STOPPED")])
             self._wake.set()
 
@@ -184,37 +188,43 @@ class LocalModel:
                 await self._wake.wait()
             self._wake = anyio.Event()
             if self._died:
-                (process, how), self._died = self._died, None
-                await process.stop()  # what it started itself
-                if anyio.current_time() - self._started_s >= self._patience.healthy_s:
-                    self._failures = 0
-                self._failed(how, final=False)
+                how = self._died[1]
+                await self._clear_away()
+                self._failed(how, final=False, lived_s=anyio.current_time() - self._started_s)
             if self._report is not None and self._process:
                 reason, self._report = self._report, None
                 await self._stop(self._process)
-                self._quarantine(LocalState.REPORTED, reason)
+                self._quarantine(LocalState.REPORTED, reason, anyio.current_time() - self._started_s)
             if self._version != self._tried:
                 self._failures = self._quarantines = 0
                 return
             if anyio.current_time() >= self._retry_at_s:
                 return
 
+    async def _clear_away(self) -> None:
+        """End what a process that died had started itself."""
+        if self._died:
+            (process, _), self._died = self._died, None
+            await process.stop()
+
     async def _stop(self, process: ModelProcess) -> None:
         self._process = None
         self._announce([self._entry(process, "STOPPED")])
         await process.stop()
 
-    def _failed(self, reason: str, *, final: bool) -> None:
+    def _failed(self, reason: str, *, final: bool, lived_s: float = 0.0) -> None:
+        if lived_s >= self._patience.healthy_s:
+            self._failures = 0
         self._failures += 1
         if final or self._failures >= self._patience.failures:
-            self._quarantine(LocalState.GIVEN_UP, reason)
+            self._quarantine(LocalState.GIVEN_UP, reason, lived_s)
             return
         delay_s = self._patience.backoff(self._failures)
         self._retry_at_s = anyio.current_time() + delay_s
         self._refuse(LocalState.RESTARTING, reason, retry_s=delay_s)
 
-    def _quarantine(self, state: LocalState, reason: str) -> None:
-        if anyio.current_time() - self._started_s >= self._patience.max_quarantine_s:
+    def _quarantine(self, state: LocalState, reason: str, lived_s: float) -> None:
+        if lived_s >= self._patience.max_quarantine_s:
             self._quarantines = 0
         self._failures = 0
         self._quarantines += 1

@@ -1,0 +1,3 @@
+from condor_lite.tracker import TrackerBase
+
+BASE = TrackerBase

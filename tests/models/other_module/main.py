@@ -1,0 +1,1 @@
+"""The model is elsewhere in the folder."""
