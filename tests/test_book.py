@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from itertools import pairwise
 
 import numpy as np
 from hypothesis import given, settings
@@ -132,28 +131,35 @@ def test_a_point_on_the_grid_is_the_last_known_price(
         assert price == points[known_s]
 
 
+def tail(newest_s: int | None, now_s: int, tick_s: int = 5, history_s: int = DAY_S) -> list[Span]:
+    return missing_tail(newest_s, now_s, tick_s=tick_s, history_s=history_s, fine_s=3600, keep_s=35 * DAY_S)
+
+
 def test_a_first_history_is_coarse_but_for_the_last_hour() -> None:
-    now_s = 100 * DAY_S + 35
-    spans = missing_tail(None, now_s, tick_s=5, history_s=DAY_S, fine_s=3600)
-    assert spans == [
-        Span(99 * DAY_S, 100 * DAY_S - 3600, 60),
-        Span(100 * DAY_S - 3600, now_s, 5),
+    now_s = 100 * DAY_S
+    assert tail(None, now_s + 35) == [
+        Span(now_s - DAY_S, now_s - 3600, 60),
+        Span(now_s - 3600, now_s + 35, 5),
     ]
-    minutes = missing_tail(None, 100 * DAY_S, tick_s=60, history_s=DAY_S, fine_s=3600)
-    assert minutes == [Span(99 * DAY_S, 100 * DAY_S, 60)]
+    assert tail(None, now_s, tick_s=60) == [Span(now_s - DAY_S, now_s, 60)]
+    assert tail(None, now_s, history_s=600) == [Span(now_s - 600, now_s, 5)]
 
 
 def test_a_gap_is_fine_where_rounds_from_before_it_end() -> None:
     now_s = 100 * DAY_S
-    spans = missing_tail(now_s - DAY_S + 5, now_s, tick_s=5, history_s=2 * DAY_S, fine_s=3600)
-    assert [span.step_s for span in spans] == [5, 60, 5]
-    assert spans[0].after_s == now_s - DAY_S + 5
-    assert spans[-1].until_s == now_s
-    assert all(one.until_s == other.after_s for one, other in pairwise(spans))
-    assert missing_tail(now_s - 600, now_s, tick_s=5, history_s=DAY_S, fine_s=3600) == [
-        Span(now_s - 600, now_s, 5)
+    assert tail(now_s - 3 * DAY_S + 5, now_s) == [
+        Span(now_s - 3 * DAY_S + 5, now_s - 3 * DAY_S + 3600, 5),
+        Span(now_s - 3 * DAY_S + 3600, now_s - 3600, 60),
+        Span(now_s - 3600, now_s, 5),
     ]
-    assert missing_tail(now_s, now_s, tick_s=5, history_s=DAY_S, fine_s=3600) == []
+    assert tail(now_s - 600, now_s) == [Span(now_s - 600, now_s, 5)]
+    assert tail(now_s - 3 * DAY_S, now_s, tick_s=60) == [Span(now_s - 3 * DAY_S, now_s, 60)]
+    assert tail(now_s, now_s) == []
+
+
+def test_a_gap_longer_than_prices_are_kept_is_not_filled() -> None:
+    now_s = 100 * DAY_S
+    assert tail(now_s - 36 * DAY_S, now_s) == tail(None, now_s)
 
 
 def test_a_longer_history_than_the_stored_one_is_completed_in_front() -> None:

@@ -122,6 +122,7 @@ class Feed:
         self._history_s = config.feed.history_s
         self._max_staleness_s = config.feed.max_staleness_s
         self._fine_s = max(_FINE_S, *(setting.horizon_s for setting in config.game.settings))
+        self._keep_s = max(config.storage.keep_prices_s, self._history_s)
         self.book = book or PriceBook(self._history_s, self._tick_s)
         self._lines = {asset: _Line(asset) for asset in config.game.assets}
         self._callbacks: list[Callable[[frozenset[str]], None]] = []
@@ -167,10 +168,10 @@ class Feed:
         """
         now_s = self._settled_s()
         for asset in self._lines:
+            newest_s = await self._db.read(repositories.newest_price_s, asset)
+            from_s = now_s - self.book.span_s if newest_s is None else min(now_s - self.book.span_s, newest_s)
             # Stored points that lie ahead of a clock that was set back come again in their time.
-            stored = await self._db.read(
-                repositories.load_prices, asset, now_s - self.book.span_s - self._fine_s, now_s
-            )
+            stored = await self._db.read(repositories.load_prices, asset, from_s, now_s)
             self.book.add(asset, zip(stored[0].tolist(), stored[1].tolist(), strict=True))
             if self._source.simulated:
                 await self._check_same(asset)
@@ -231,7 +232,9 @@ class Feed:
         """Fetch all that `line`'s asset lacks; whether there are new points. Says when to ask again."""
         asset, until_s = line.asset, self._settled_s()
         grid = {"tick_s": self._tick_s, "history_s": self._history_s}
-        spans = missing_tail(self.book.newest_s(asset), until_s, fine_s=self._fine_s, **grid)
+        spans = missing_tail(
+            self.book.newest_s(asset), until_s, fine_s=self._fine_s, keep_s=self._keep_s, **grid
+        )
         if with_head:
             ts_s, _ = self.book.series(asset)
             spans = missing_head(int(ts_s[0]) if len(ts_s) else None, until_s, **grid) + spans

@@ -59,30 +59,30 @@ def on_grid(points: Sequence[Point], span: Span, previous: Point | None = None) 
     ]
 
 
-def missing_tail(newest_s: int | None, now_s: int, *, tick_s: int, history_s: int, fine_s: int) -> list[Span]:
+def missing_tail(
+    newest_s: int | None, now_s: int, *, tick_s: int, history_s: int, fine_s: int, keep_s: int
+) -> list[Span]:
     """What lacks after the newest stored point, oldest first. `now_s` is on the grid of ticks.
 
-    Scoring needs every tick, but only where rounds lie: in the `fine_s` (the longest horizon) after the
-    newest stored point, which rounds from before a stop still reach into, and from `fine_s` before now on.
-    Between the two, and in a first history, the models' resolution is enough.
+    Without a stored point, or with none in the last `keep_s`, that is the history. Scoring needs every tick,
+    but only where rounds lie: in the `fine_s` (the longest horizon) after the newest stored point, which
+    rounds from before a stop still reach into, and from `fine_s` before now on. In between, and in a first
+    history, the models' resolution is enough.
     """
     coarse_s = history_step_s(tick_s)
-    oldest_s = (now_s - history_s) // coarse_s * coarse_s
-    if newest_s is not None and newest_s >= now_s:
-        return []
-    if newest_s is None or newest_s < oldest_s - fine_s:
-        fine_until_s = after_s = oldest_s
-    else:
+    after_s = fine_until_s = (now_s - history_s) // coarse_s * coarse_s
+    if newest_s is not None and newest_s >= now_s - keep_s:
         after_s = newest_s
-        fine_until_s = (after_s + fine_s) // coarse_s * coarse_s
+        fine_until_s = (newest_s + fine_s) // coarse_s * coarse_s
     fine_from_s = (now_s - fine_s) // coarse_s * coarse_s
     if coarse_s == tick_s or fine_until_s >= fine_from_s:
-        return [Span(after_s, now_s, tick_s)]
-    spans = [
-        Span(after_s, fine_until_s, tick_s),
-        Span(fine_until_s, fine_from_s, coarse_s),
-        Span(fine_from_s, now_s, tick_s),
-    ]
+        spans = [Span(after_s, now_s, tick_s)]
+    else:
+        spans = [
+            Span(after_s, fine_until_s, tick_s),
+            Span(fine_until_s, fine_from_s, coarse_s),
+            Span(fine_from_s, now_s, tick_s),
+        ]
     return [span for span in spans if span.after_s < span.until_s]
 
 

@@ -1,0 +1,447 @@
+"""The feed between a source and the game: history, ticks, gaps, failures, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import pytest
+from structlog.testing import capture_logs
+
+from condor_lite.clock import SteppedClock
+from condor_lite.config import (
+    Config,
+    FeedConfig,
+    GameConfig,
+    LogConfig,
+    OrchestratorConfig,
+    PredictConfig,
+    ReportConfig,
+    ScoringConfig,
+    StorageConfig,
+)
+from condor_lite.errors import ConfigError, StartError, StorageUnavailable
+from condor_lite.game.entities import Setting
+from condor_lite.prices import feed as feed_module
+from condor_lite.prices.feed import Feed, Source, make_source
+from condor_lite.prices.replay import ReplaySource
+from condor_lite.prices.synthetic import SyntheticSource
+from condor_lite.storage import repositories
+from condor_lite.storage.database import Database
+
+pytestmark = pytest.mark.anyio
+
+T = 1_763_690_400
+HOUR_S = 3600
+DAY_S = 86400
+
+
+def configure(*assets: str, horizon_s: int = HOUR_S, **feed: object) -> Config:
+    settings = tuple(Setting(asset, horizon_s, 60, 60) for asset in assets or ("BTC", "ETH"))
+    feed_config = FeedConfig(**{"tick_s": 60, "history_s": 2 * HOUR_S, "max_staleness_s": 180} | feed)  # type: ignore[arg-type]
+    return Config(
+        GameConfig(settings),
+        feed_config,
+        OrchestratorConfig(),
+        PredictConfig(),
+        ScoringConfig(),
+        StorageConfig(),
+        ReportConfig(),
+        LogConfig(),
+    )
+
+
+def price_at(ts_s: int) -> float:
+    return 100 + ts_s % 10_007 / 100
+
+
+@dataclass
+class LiveSource:
+    """Answers like an exchange: newest first, after a wait. `fault(asset, until_s)` may raise or wait."""
+
+    simulated: bool = False
+    name: str = "exchange"
+    latency_s: float = 1.0
+    page_points: int = 300
+    quiet: set[int] = field(default_factory=set)
+    fault: Callable[[str, int], object] | None = None
+    asked: list[tuple[str, int, int, int]] = field(default_factory=list)
+    price: Callable[[int], float] = price_at
+
+    async def fetch(self, asset: str, after_s: int, until_s: int, step_s: int) -> list[tuple[int, float]]:
+        self.asked.append((asset, after_s, until_s, step_s))
+        if not self.simulated:
+            await asyncio.sleep(0)
+        if self.fault is not None and asyncio.iscoroutine(waiting := self.fault(asset, until_s)):
+            await waiting
+        first_s = after_s // step_s * step_s + step_s
+        times_s = [ts_s for ts_s in range(first_s, until_s + 1, step_s) if ts_s not in self.quiet]
+        return [(ts_s, self.price(ts_s)) for ts_s in reversed(times_s)]
+
+    def end_s(self, asset: str) -> int | None:
+        return None
+
+    async def aclose(self) -> None:
+        pass
+
+
+@pytest.fixture
+async def db(tmp_path: Path) -> AsyncIterator[Database]:
+    async with Database(tmp_path / "game.db") as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def running(feed: Feed) -> AsyncIterator[None]:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(feed.run)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+async def stored(db: Database, asset: str) -> dict[int, float]:
+    ts_s, price = await db.read(repositories.load_prices, asset, 0, 2**40)
+    return dict(zip(ts_s.tolist(), price.tolist(), strict=True))
+
+
+def held(feed: Feed, asset: str) -> dict[int, float]:
+    ts_s, price = feed.book.series(asset)
+    return dict(zip(ts_s.tolist(), price.tolist(), strict=True))
+
+
+# Start and ticks
+
+
+async def test_the_history_is_there_after_the_start_and_stored(db: Database) -> None:
+    feed = Feed(configure(), SteppedClock(T + 17), db, SyntheticSource(0))
+    await feed.start()
+    for asset in ("BTC", "ETH"):
+        assert list(held(feed, asset)) == [T - 2 * HOUR_S + 60 * k for k in range(1, 121)]
+        assert await stored(db, asset) == held(feed, asset)
+
+
+async def test_every_tick_has_its_point_and_subscribers_hear_of_all_assets_at_once(db: Database) -> None:
+    clock = SteppedClock(T)
+    feed = Feed(configure(tick_s=5), clock, db, SyntheticSource(0))
+    heard: list[tuple[float, frozenset[str], int | None]] = []
+    feed.subscribe(lambda assets: heard.append((clock.now(), assets, feed.book.newest_s("ETH"))))
+    await feed.start()
+    async with running(feed):
+        await clock.run_until(T + 60)
+    ticks_s = range(T + 5, T + 61, 5)
+    assert heard == [(ts_s, frozenset({"BTC", "ETH"}), ts_s) for ts_s in ticks_s]
+    assert [ts_s for ts_s in await stored(db, "BTC") if ts_s > T] == list(ticks_s)
+
+
+async def test_a_simulated_point_is_visible_before_anything_else_runs_in_that_tick(db: Database) -> None:
+    clock = SteppedClock(T)
+    feed = Feed(configure(), clock, db, SyntheticSource(0))
+    await feed.start()
+    seen: list[int | None] = []
+
+    async def open_round() -> None:
+        await clock.sleep_until(T + 60.005)
+        seen.append(feed.book.newest_s("BTC"))
+
+    async with running(feed), anyio.create_task_group() as tasks:
+        tasks.start_soon(open_round)
+        await clock.run_until(T + 61)
+    assert seen == [T + 60]
+
+
+async def test_a_late_loop_fetches_all_missed_ticks_at_once(db: Database) -> None:
+    clock = SteppedClock(T)
+    feed = Feed(configure(), clock, db, SyntheticSource(0))
+    await feed.start()
+    late = SteppedClock(T + 600.5)
+    feed._clock = late
+    changes: list[frozenset[str]] = []
+    feed.subscribe(changes.append)
+    async with running(feed):
+        await late.run_until(T + 601)
+    assert len(changes) == 1
+    assert [ts_s for ts_s in await stored(db, "BTC") if ts_s > T] == [T + 60 * k for k in range(1, 11)]
+
+
+async def test_a_fine_tick_needs_only_minutes_of_history_but_for_the_last_hour(db: Database) -> None:
+    feed = Feed(configure(tick_s=5, history_s=DAY_S), SteppedClock(T), db, SyntheticSource(0))
+    await feed.start()
+    times_s = list(held(feed, "BTC"))
+    assert len(times_s) == 23 * 60 + 720
+    assert len(feed.book.history(T)["BTC"]) == 1440
+
+
+async def test_a_live_source_is_asked_once_the_candle_is_there_in_pages_it_can_answer(db: Database) -> None:
+    clock = SteppedClock(T + 0.5)
+    source = LiveSource(page_points=50)
+    feed = Feed(configure("BTC"), clock, db, source)
+    await feed.start()
+    assert feed.book.newest_s("BTC") == T - 60, "the candle that has just closed is not out yet"
+    assert [(after_s, until_s) for _, after_s, until_s, _ in source.asked] == [
+        (T - 60 - 2 * HOUR_S, T - 60 - 2 * HOUR_S + 3000),
+        (T - 60 - 2 * HOUR_S + 3000, T - 60 - 2 * HOUR_S + 6000),
+        (T - 60 - 2 * HOUR_S + 6000, T - 60),
+    ]
+    async with running(feed):
+        await clock.run_until(T + 0.9)
+        assert feed.book.newest_s("BTC") == T - 60
+        await clock.run_until(T + 1)
+        assert feed.book.newest_s("BTC") == T
+    assert len(held(feed, "BTC")) == 121
+
+
+# Gaps
+
+
+async def test_quiet_minutes_are_filled_when_a_later_point_shows_that_the_source_was_up(db: Database) -> None:
+    clock = SteppedClock(T + 2)
+    feed = Feed(configure("BTC"), clock, db, LiveSource(quiet={T + 60, T + 120}))
+    await feed.start()
+    async with running(feed):
+        await clock.run_until(T + 130)
+        assert feed.book.newest_s("BTC") == T
+        await clock.run_until(T + 190)
+    points = held(feed, "BTC")
+    assert points[T + 60] == points[T + 120] == points[T] == price_at(T)
+    assert points[T + 180] == price_at(T + 180)
+
+
+async def test_a_symbol_that_stops_trading_for_an_hour_leaves_a_gap(db: Database) -> None:
+    clock = SteppedClock(T + 2)
+    quiet = set(range(T + 60, T + HOUR_S, 60))
+    feed = Feed(configure("BTC"), clock, db, LiveSource(quiet=quiet))
+    await feed.start()
+    async with running(feed):
+        await clock.run_until(T + HOUR_S - 1)
+        (state,) = feed.states()
+        assert state.stale
+        assert state.age_s == HOUR_S - 1
+        await clock.run_until(T + HOUR_S + 2)
+    points = held(feed, "BTC")
+    assert not quiet & points.keys()
+    assert points[T + HOUR_S] == price_at(T + HOUR_S)
+    assert not feed.states()[0].stale
+
+
+async def test_bad_prices_are_not_let_in(db: Database) -> None:
+    bad = {T + 60: float("nan"), T + 120: 0.0, T + 180: -1.0, T + 240: float("inf")}
+    clock = SteppedClock(T + 2)
+    source = LiveSource(price=lambda ts_s: bad.get(ts_s, price_at(ts_s)))
+    feed = Feed(configure("BTC"), clock, db, source)
+    await feed.start()
+    with capture_logs() as logs:
+        async with running(feed):
+            await clock.run_until(T + 302)
+    assert held(feed, "BTC")[T + 300] == price_at(T + 300)
+    assert {held(feed, "BTC")[ts_s] for ts_s in bad} == {price_at(T)}
+    assert "prices_rejected" in [entry["event"] for entry in logs]
+
+
+# Failures
+
+
+async def test_one_asset_failing_stops_no_other_and_is_told_once(db: Database) -> None:
+    down = True
+
+    def fault(asset: str, until_s: int) -> None:
+        if asset == "ETH" and down:
+            raise OSError("connection refused")
+
+    clock = SteppedClock(T + 2)
+    source = LiveSource(fault=fault)
+    feed = Feed(configure(), clock, db, source)
+    with capture_logs() as logs:
+        await feed.start()
+        async with running(feed):
+            await clock.run_until(T + 600)
+            btc, eth = feed.states()
+            assert (btc.newest_ts_s, btc.stale, btc.error) == (T + 540, False, None)
+            assert (eth.newest_ts_s, eth.stale, eth.error) == (None, True, "connection refused")
+            attempts = sum(asset == "ETH" for asset, *_ in source.asked)
+            assert 8 <= attempts <= 25, "it backs off"
+            down = False
+            await clock.run_until(T + 700)
+    told = [entry["event"] for entry in logs if entry.get("asset") == "ETH"]
+    assert told == ["feed_failing", "feed_recovered"]
+    assert list(held(feed, "ETH"))[-1] == T + 660
+    assert all(price_at(ts_s) == price for ts_s, price in held(feed, "ETH").items())
+    assert len(held(feed, "ETH")) >= 120, "the whole history is made up for"
+    assert feed.states()[1].error is None
+
+
+async def test_a_source_that_hangs_is_given_up_and_asked_again(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_module, "_FETCH_TIMEOUT_S", 0.02)
+    hanging = True
+
+    def fault(asset: str, until_s: int) -> object:
+        return asyncio.sleep(3600) if hanging and asset == "ETH" else None
+
+    clock = SteppedClock(T + 2)
+    feed = Feed(configure(), clock, db, LiveSource(fault=fault))
+    await feed.start()
+    assert [state.error for state in feed.states()] == [None, "no answer within 0.02 s"]
+    hanging = False
+    async with running(feed):
+        await clock.run_until(T + 10)
+    assert feed.book.newest_s("ETH") == T
+
+
+async def test_an_outage_is_made_up_for_when_the_source_is_back(db: Database) -> None:
+    def fault(asset: str, until_s: int) -> None:
+        if T < until_s < T + HOUR_S:
+            raise OSError("HTTP 500")
+
+    clock = SteppedClock(T + 2)
+    feed = Feed(configure("BTC"), clock, db, LiveSource(fault=fault))
+    await feed.start()
+    async with running(feed):
+        await clock.run_until(T + HOUR_S + 120)
+    assert all(held(feed, "BTC")[ts_s] == price_at(ts_s) for ts_s in range(T, T + HOUR_S + 61, 60))
+    assert await stored(db, "BTC") == held(feed, "BTC")
+
+
+async def test_a_database_that_can_not_be_written_delays_no_tick_and_loses_no_point(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SteppedClock(T)
+    feed = Feed(configure("BTC"), clock, db, SyntheticSource(0))
+    await feed.start()
+    store, locked = feed_module._store, True
+
+    def refuse(conn: sqlite3.Connection, *rest: object) -> None:
+        if locked:
+            raise StorageUnavailable("locked")
+        store(conn, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(feed_module, "_store", refuse)
+    with capture_logs() as logs:
+        async with running(feed):
+            await clock.run_until(T + 600)
+            assert feed.book.newest_s("BTC") == T + 600
+            assert max(await stored(db, "BTC")) == T
+            locked = False
+    assert [entry["event"] for entry in logs] == ["prices_not_stored"]
+    assert max(await stored(db, "BTC")) == T + 600
+
+
+# Restarts
+
+
+async def test_a_restart_goes_on_from_the_newest_stored_point(db: Database) -> None:
+    source = LiveSource()
+    await Feed(configure("BTC"), SteppedClock(T + 2), db, source).start()
+    source.asked.clear()
+    feed = Feed(configure("BTC"), SteppedClock(T + 602), db, source)
+    await feed.start()
+    assert source.asked == [("BTC", T, T + 600, 60)]
+    assert len(held(feed, "BTC")) == 130
+    assert await stored(db, "BTC") == held(feed, "BTC")
+
+
+async def test_a_stored_price_stands_whatever_the_source_says_later(db: Database) -> None:
+    await db.write(repositories.add_prices, "BTC", [(T - 60, 7.0), (T, 7.5)], "exchange", 0)
+    feed = Feed(configure("BTC"), SteppedClock(T + 62), db, LiveSource())
+    await feed.start()
+    assert held(feed, "BTC") == await stored(db, "BTC")
+    assert (held(feed, "BTC")[T - 60], held(feed, "BTC")[T]) == (7.0, 7.5)
+    assert held(feed, "BTC")[T - 120] == price_at(T - 120), "the older history is completed"
+
+
+async def test_a_stopped_simulated_game_has_the_gap_filled_as_if_it_had_run(db: Database) -> None:
+    config = configure(tick_s=5, horizon_s=600)
+    await Feed(config, SteppedClock(T), db, SyntheticSource(3)).start()
+    feed = Feed(config, SteppedClock(T + 5 * HOUR_S + 2), db, SyntheticSource(3))
+    await feed.start()
+    points = held(feed, "BTC")
+    path = dict(await SyntheticSource(3).fetch("BTC", T, T + 5 * HOUR_S, 5))
+    assert points.items() >= {ts_s: path[ts_s] for ts_s in range(T + 5, T + 601, 5)}.items()
+    assert points.items() >= {ts_s: path[ts_s] for ts_s in range(T + 60, T + 5 * HOUR_S, 60)}.items()
+    assert feed.book.newest_s("BTC") == T + 5 * HOUR_S
+    assert await stored(db, "BTC") == points
+
+
+async def test_points_ahead_of_the_game_s_clock_are_not_shown(db: Database) -> None:
+    clock = SteppedClock(T)
+    feed = Feed(configure("BTC"), clock, db, SyntheticSource(0))
+    await feed.start()
+    async with running(feed):
+        await clock.run_until(T + 600)
+    before = Feed(configure("BTC"), SteppedClock(T + 300), db, SyntheticSource(0))
+    await before.start()
+    assert before.book.newest_s("BTC") == T + 300
+
+
+async def test_a_game_does_not_go_on_with_another_simulation(db: Database) -> None:
+    await Feed(configure(), SteppedClock(T), db, SyntheticSource(0)).start()
+    with pytest.raises(StartError, match=r"game\.db.*feed\.seed = 1.*BTC.*another storage\.path"):
+        await Feed(configure(), SteppedClock(T + 60), db, SyntheticSource(1)).start()
+
+
+# Replay
+
+
+def record(folder: Path, count: int, *assets: str) -> None:
+    for asset in assets:
+        rows = "".join(f"{T + 60 * k},{price_at(T + 60 * k)}\n" for k in range(count))
+        (folder / f"{asset}.csv").write_text("timestamp,close\n" + rows, encoding="utf-8")
+
+
+async def test_a_replay_ends_with_its_recording(db: Database, tmp_path: Path) -> None:
+    record(tmp_path, 181, "BTC")
+    record(tmp_path, 171, "ETH")
+    source = ReplaySource.load(tmp_path, ["BTC", "ETH"], 60, 2 * HOUR_S)
+    assert source.default_start_s == T + 2 * HOUR_S
+    clock = SteppedClock(source.default_start_s)
+    feed = Feed(configure(), clock, db, source)
+    last_heard: list[tuple[float, frozenset[str], bool]] = []
+    feed.subscribe(lambda assets: last_heard.append((clock.now(), assets, feed.finished)))
+    await feed.start()
+    assert not feed.finished
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(feed.run)
+        await clock.run_until(T + 5 * HOUR_S)  # and `run` has returned: nothing is cancelled here
+    assert feed.finished
+    assert last_heard[-1] == (T + 3 * HOUR_S, frozenset({"BTC"}), True)
+    assert len(last_heard) == 60
+    for asset in ("BTC", "ETH"):
+        assert await stored(db, asset) == {
+            ts_s: price for ts_s, price in held(feed, asset).items() if price == price_at(ts_s)
+        }
+    assert feed.book.newest_s("ETH") == T + 170 * 60
+
+    again = Feed(configure(), SteppedClock(T + 6 * HOUR_S), db, source)
+    await again.start()
+    assert again.finished
+
+
+async def test_a_replayed_day_runs_as_fast_as_its_work(db: Database, tmp_path: Path) -> None:
+    record(tmp_path, 26 * 60, "BTC", "ETH")
+    source = ReplaySource.load(tmp_path, ["BTC", "ETH"], 60, HOUR_S)
+    clock = SteppedClock(source.default_start_s, speed=600)
+    feed = Feed(configure(history_s=HOUR_S), clock, db, source)
+    await feed.start()
+    async with running(feed):
+        await clock.run_until(T + 10 * HOUR_S)
+    assert list(held(feed, "BTC")) == [T + 60 * k for k in range(1, 601)]
+    assert await stored(db, "ETH") == held(feed, "ETH")
+
+
+# Making it
+
+
+async def test_the_configured_source_is_made(tmp_path: Path) -> None:
+    record(tmp_path, 10, "BTC")
+    synthetic: Source = make_source(configure(source="synthetic", seed=4))
+    assert str(synthetic) == "synthetic prices with feed.seed = 4"
+    assert isinstance(make_source(configure("BTC", source="replay", path=tmp_path)), ReplaySource)
+    with pytest.raises(ConfigError, match=r"ETH\.csv"):
+        make_source(configure("ETH", source="replay", path=tmp_path))
+    with pytest.raises(ConfigError, match="not available"):
+        make_source(configure(source="kraken"))
