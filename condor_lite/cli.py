@@ -123,4 +123,19 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from contextlib import closing
+
+    from condor_lite import explain, sums
+    from condor_lite.storage.database import open_read_only
+
+    config = _config(arguments)
+    with closing(open_read_only(config.storage.path)) as connection:
+        if arguments.model_id is None:
+            lines = sums.round_lines(explain.explain_round(connection, arguments.round_id))
+        else:
+            lines = sums.answer_lines(
+                explain.explain(connection, config, arguments.round_id, arguments.model_id)
+            )
+        for line in lines:
+            print(line)
+    return 0

@@ -121,6 +121,7 @@ class PredictLoop:
 
     async def _resume(self) -> None:
         """Learn from the database what was held, and account for every round since then."""
+        await self._journal.flushed()  # what an earlier run of this service left to write
         now_s = self._clock.now()
         models = await self._db.read(repositories.load_models)
         for model in models:

@@ -12,7 +12,7 @@ ROOT = Path(condor_lite.__file__).parent
 # From top to bottom; a package stands for all of its modules, whose order among each other is free.
 HOUSE = (
     "__init__ errors stopping clock tracker game config_values config_document config_settings config_sections config "
-    "logs storage prices models lanes predict worker pool score explain report check scaffold supervisor cli __main__"
+    "logs storage prices models lanes predict worker pool score explain sums report check scaffold supervisor cli __main__"
 ).split()
 
 PURE = {"asyncio", "anyio", "time", "os", "pathlib", "sqlite3", "socket", "random", "httpx", "structlog", "open"}
