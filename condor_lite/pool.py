@@ -2,8 +2,8 @@
 
 `ProcessPoolExecutor` knows no time-out for a task, and the death of one worker breaks every task in flight.
 So a worker notes in shared memory which item it is on (`worker.py`), and the pool acts on the note: it is
-made anew, and what was in flight runs again, the suspects alone. Only an item that then ends its worker again,
-or holds it up again, is blamed.
+made anew, and what was in flight runs again, the suspects alone. Only an item that then ends its worker
+again, or holds it up again, is blamed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import math
 import os
 import time
 from collections import deque
@@ -100,7 +99,7 @@ class _Flight:
     since_s: float
     future: Future[Outcome]
     landed: asyncio.Future[None]
-    overdue: bool = False
+    stuck_on: float | None = None
 
 
 @dataclass(slots=True)
@@ -205,7 +204,7 @@ class ScoringPool:
                     slot = next(slot for slot in range(self._workers) if slot not in taken)
                     flights.append(await self._launch(work, self._next_batch(work), slot, careful=False))
             await self._landing(flights)
-            if any(flight.overdue or _broke(flight) for flight in flights):
+            if any(flight.stuck_on is not None or _broke(flight) for flight in flights):
                 await self._recover(work, flights)
                 flights = []
             for flight in [flight for flight in flights if flight.future.done()]:
@@ -223,22 +222,23 @@ class ScoringPool:
     async def _landing(self, flights: Iterable[_Flight]) -> None:
         """Return when a batch has landed, or mark those whose worker does not react."""
         assert self._crew is not None
+        longest_s = self._time_limit_s + _GRACE_S
         while True:
             now_s = time.monotonic()
-            wait_s = math.inf
+            wait_s = longest_s  # by then, whoever is on an item has noted a new one, or is stuck
             for flight in flights:
                 item, since_s = self._crew.note(flight.slot)
                 if item >= 0 or item == worker.TOGETHER:
-                    left_s = since_s + self._time_limit_s + _GRACE_S - now_s
+                    left_s = since_s + longest_s - now_s
                 else:
                     left_s = max(since_s, flight.since_s) + _START_S - now_s
                 if left_s <= 0 and not flight.future.done():
-                    flight.overdue = True
-                wait_s = min(wait_s, left_s)
-            if any(flight.overdue for flight in flights):
+                    flight.stuck_on = item
+                wait_s = min(wait_s, max(left_s, 0.0))
+            if any(flight.stuck_on is not None for flight in flights):
                 return
             landed = {flight.landed for flight in flights}
-            done, _ = await asyncio.wait(landed, timeout=max(wait_s, 0), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(landed, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
             if done:
                 return
 
@@ -248,7 +248,7 @@ class ScoringPool:
         assert crew is not None
         await self._in_thread(self._dismiss)
         await asyncio.wait({flight.landed for flight in flights})
-        some_overdue = any(flight.overdue for flight in flights)
+        some_stuck = any(flight.stuck_on is not None for flight in flights)
         blamed = False
         for flight in flights:
             if not _broke(flight):  # it landed in the meantime
@@ -256,7 +256,7 @@ class ScoringPool:
                 continue
             item, _ = crew.note(flight.slot)
             noted = flight.items[int(item)] if item >= 0 else None
-            innocent = some_overdue and not flight.overdue
+            innocent = some_stuck and flight.stuck_on != item
             if innocent or (noted is None and item != worker.TOGETHER):
                 if flight.careful:
                     work.suspects.append(flight.items)
@@ -277,7 +277,7 @@ class ScoringPool:
                 work.todo.extendleft(reversed(rest))
         log.warning(
             "scoring_pool_remade",
-            cause="a worker was stuck" if some_overdue else "a worker died",
+            cause="a worker was stuck" if some_stuck else "a worker died",
             answers_in_flight=sum(len(flight.items) for flight in flights),
         )
         self._fruitless = 0 if blamed else self._fruitless + 1
@@ -289,7 +289,7 @@ class ScoringPool:
             )
 
     def _verdict(self, flight: _Flight) -> str:
-        if flight.overdue:
+        if flight.stuck_on is not None:
             return f"takes longer than {self._time_limit_s:g} s to score"
         return "ended the process that scored it"
 

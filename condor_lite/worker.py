@@ -83,7 +83,7 @@ class _Failed(Exception):  # noqa: N818
     """One item's failure; the message is the reason that its participant reads."""
 
 
-class _Worker:
+class Worker:
     """The process's state: where to note, what to apply, how long an item may take."""
 
     def __init__(
@@ -173,7 +173,7 @@ class _Worker:
         return self._limited(slot, item, work, tries - 1)
 
 
-_worker: _Worker | None = None
+_worker: Worker | None = None
 _problem: str | None = None
 
 
@@ -189,7 +189,7 @@ def enter(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with(parent_pid)
     os.nice(_POLITENESS)
-    _worker = _Worker(notes, rules, time_limit_s, memory_mb)
+    _worker = Worker(notes, rules, time_limit_s, memory_mb)
     try:
         load_rule(rules.rule)
     except BaseException as error:  # whatever importing a host's module raises
@@ -218,7 +218,7 @@ def run_scoring(slot: int, items: Sequence[ScoringItem], careful: bool) -> Outco
     return Outcome(raw, reasons, time.monotonic() - started_s)
 
 
-def _ready() -> tuple[_Worker, float]:
+def _ready() -> tuple[Worker, float]:
     """The worker, with signals as they belong: a host's rule may have left them blocked or handled."""
     assert _worker is not None
     signal.signal(signal.SIGALRM, _ring)
