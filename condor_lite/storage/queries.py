@@ -96,14 +96,16 @@ async def snapshots(
         )
         if count <= limit:
             return await readers.fetch(
-                f"SELECT t.model_no, t.created_at_s AS at_s, {scores}{setting} {chosen} {order}",
+                f"SELECT m.model_id, t.created_at_s AS at_s, {scores}{setting} "  # noqa: S608
+                f"FROM {table} t {named} {chosen} {order}",
                 params,
             )
         if count < _WORTH_COUNTING:
             span_s = spacing_s * -(-count // limit)
             return await readers.fetch(
                 # With a lone max(), the other columns are those of the row that holds it.
-                f"SELECT t.model_no, max(t.created_at_s) AS at_s, {scores}{setting} {chosen} "
+                f"SELECT m.model_id, max(t.created_at_s) AS at_s, {scores}{setting} "  # noqa: S608
+                f"FROM {table} t {named} {chosen} "
                 f"GROUP BY t.model_no{setting}, t.created_at_s / ? {order} LIMIT ?",
                 (*params, span_s, limit),
             )

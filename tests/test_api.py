@@ -1,0 +1,918 @@
+"""The report over a real port, on a real database file with one small game in it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import re
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import anyio
+import httpx
+import msgspec
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from condor_lite import config as configuration
+from condor_lite.clock import SteppedClock
+from condor_lite.config import Config
+from condor_lite.errors import QueryTimeout, StartError
+from condor_lite.explain import NotExplained, explain, explain_round, parse_round_id
+from condor_lite.game.density import Limits, decode
+from condor_lite.game.entities import (
+    Answer,
+    AnswerStatus,
+    Leaderboard,
+    ModelInfo,
+    Round,
+    RoundStatus,
+    VoidRound,
+)
+from condor_lite.game.outcome import Series, realise
+from condor_lite.game.rounds import score_round
+from condor_lite.game.scoring import BUILT_IN, Rules, score
+from condor_lite.game.windows import WindowSums
+from condor_lite.prices.feed import FeedState
+from condor_lite.report import server
+from condor_lite.report.answers import horizon_label, moment, naive_moment
+from condor_lite.report.api import ENDPOINTS, create_app
+from condor_lite.report.live import Live
+from condor_lite.report.params import read_moment
+from condor_lite.report.replies import encode
+from condor_lite.storage import repositories, scores
+from condor_lite.storage.database import Database, open_read_only
+
+pytestmark = pytest.mark.anyio
+
+START_S = 1_700_002_800  # a full hour
+NOW_S = START_S + 1000
+EVIL = "<script>alert(1)</script>"
+
+CONFIG = """
+[game]
+name = "Tiny & small"
+
+[[game.settings]]
+assets = ["BTC", "ETH"]
+horizon = "1m"
+step = "10s"
+interval = "20s"
+weight = 3
+
+[[game.settings]]
+assets = ["BTC"]
+horizon = "2m"
+step = "1m"
+interval = "1m"
+
+[feed]
+tick = "10s"
+
+[storage]
+path = "condor.db"
+"""
+
+ALPHA = ModelInfo("1", "alpha", "p-alice", "alice", "1_a")
+BETA = ModelInfo("b/2", EVIL, "p-bob", "bob", "2_a")
+BENCH = ModelInfo("bench", "plain", "host", "the host", "b_a", benchmark=True)
+NEW = ModelInfo("new", "newcomer", "p-alice", "alice", "n_a")
+
+
+def normals(n: int, scale: float) -> bytes:
+    density = {"type": "builtin", "name": "norm", "params": {"loc": 0.0, "scale": scale}}
+    return orjson.dumps([density] * n)
+
+
+def points(n: int) -> bytes:
+    return orjson.dumps([{"type": "discrete", "points": {"-0.001": 0.5, "0.001": 0.5}}] * n)
+
+
+@dataclass
+class Game:
+    """A served game: its database, what the report knows of it, and a client."""
+
+    db: Database
+    live: Live
+    config: Config
+    client: httpx.AsyncClient
+    server: server.Server
+    problems: list[str] = field(default_factory=list)
+    connected: set[str] = field(default_factory=set)
+
+    async def get(self, path: str, status: int = 200, **params: Any) -> Any:
+        answer = await self.client.get(path, params=params or None)
+        assert answer.status_code == status, answer.text
+        assert answer.headers["content-type"] == "application/json"
+        return orjson.loads(answer.content)  # refuses NaN and Infinity
+
+    async def error(self, path: str, status: int, **params: Any) -> str:
+        body = await self.get(path, status, **params)
+        assert set(body) == {"error", "detail"}
+        assert all(isinstance(text, str) and text for text in body.values())
+        return str(body["detail"])
+
+
+def load(folder: Path, extra: str = "") -> Config:
+    (folder / "config.toml").write_text(CONFIG + extra)
+    return configuration.load(folder / "config.toml", {})
+
+
+@asynccontextmanager
+async def serve(folder: Path, extra: str = "", **more: Any) -> AsyncIterator[Game]:
+    config = load(folder, extra)
+    problems: list[str] = []
+    connected = {"1", "bench"}
+    states = [
+        FeedState("BTC", "synthetic", NOW_S - 5, 101.5, 5.0, False, 10),
+        FeedState("ETH", "synthetic", None, None, None, True, 0),
+    ]
+    live = Live(
+        config=config,
+        clock=SteppedClock(NOW_S),
+        started_at_s=START_S - 100.5,
+        problems=lambda: problems,
+        feeds=lambda: states,
+        connected=lambda: connected,
+    )
+    async with Database(config.storage.path) as db:
+        sock = server.bind("127.0.0.1", 0)
+        served = server.Server(create_app(live, more.get("readers") or db.reports), sock)
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(served.run)
+            async with httpx.AsyncClient(base_url=served.url) as client:
+                yield Game(db, live, config, client, served, problems, connected)
+            served.stop()
+
+
+async def play(game: Game) -> Leaderboard:
+    """Four scored rounds, one void, one missed, one closed, one open; two stored leaderboards."""
+    db, config = game.db, game.config
+    steps = np.arange(-10, 110)
+    path = 100 * np.exp(0.0004 * np.cumsum(np.sin(steps)))
+    prices = [(START_S + 10 * int(k), float(p)) for k, p in zip(steps, path, strict=True)]
+    for asset in config.game.assets:
+        await db.write(repositories.add_prices, asset, prices, "synthetic", NOW_S * 1000)
+    models = [await db.write(repositories.upsert_model, info, START_S - 60) for info in (ALPHA, BETA, BENCH)]
+    alpha, beta, bench = (model.model_no for model in models)
+    version = await db.write(scores.current_scorer, "crps", "log_return", Rules().fingerprint(), START_S)
+    sums = WindowSums(config.game.settings, BUILT_IN["crps"], scorer_version=version, benchmark=bench)
+
+    async def hold(asset: str, horizon_s: int, step_s: int, at_s: int, *, scored: bool) -> int:
+        held = Round(asset, horizon_s, step_s, at_s, performed_at_ms=at_s * 1000 + 1250)
+        (no,) = await db.write(repositories.open_rounds, [held])
+        assert no is not None
+        n = horizon_s // step_s
+        ms = at_s * 1000 + 1300
+        bad = orjson.dumps([{"type": "builtin", "name": "norm", "params": {"scale": -1}}] * n)
+        answers = [
+            Answer(no, alpha, AnswerStatus.SUCCESS, ms, 900, None, normals(n, 0.0004)),
+            Answer(no, beta, AnswerStatus.SUCCESS, ms, 1900, None, bad),
+            Answer(no, bench, AnswerStatus.SUCCESS, ms, 700, None, points(n)),
+        ]
+        await db.write(repositories.add_answers, answers)
+        if not scored:
+            return no
+        await db.write(repositories.close_round, no, RoundStatus.CLOSED, None, [])
+        await db.write(repositories.save_validation, no, {beta: "segment 1: scale must be > 0"})
+        realised = realise(
+            Series(*await db.read(repositories.load_prices, asset, at_s - 10, at_s + horizon_s)),
+            held.setting,
+            at_s,
+            10,
+            "log_return",
+        )
+        raw: dict[int, float | None] = {beta: None}
+        for answer in (answers[0], answers[2]):
+            assert answer.payload is not None
+            densities = decode(answer.payload, held.setting, Limits(16, 2048))
+            raw[answer.model_no] = score([(densities, realised)], Rules())[0].raw
+        result = score_round(raw, {bench}, realised.no_move, BUILT_IN["crps"])
+        assert not isinstance(result, VoidRound)
+        sums.add(held.setting.key, held.resolvable_at_s, result)
+        scored_ms = (held.resolvable_at_s + 10) * 1000
+        assert await db.write(scores.save_round_scores, no, version, result, realised.resolved, scored_ms)
+        return no
+
+    await hold("BTC", 60, 10, START_S, scored=True)
+    await hold("BTC", 60, 10, START_S + 20, scored=True)
+    await hold("ETH", 60, 10, START_S + 20, scored=True)
+    await hold("BTC", 120, 60, START_S + 60, scored=True)
+    void = await hold("BTC", 60, 10, START_S + 40, scored=False)
+    await db.write(repositories.close_round, void, RoundStatus.VOID, "the prices never came", [])
+    missed = Round("ETH", 60, 10, START_S + 40, RoundStatus.MISSED, "the game was not running")
+    await db.write(repositories.record_rounds, [missed])
+    new = await db.write(repositories.upsert_model, NEW, START_S + 70)
+    closed = await hold("BTC", 60, 10, START_S + 80, scored=False)
+    await db.write(repositories.close_round, closed, RoundStatus.CLOSED, None, [new.model_no])
+    (open_no,) = await db.write(
+        repositories.open_rounds, [Round("BTC", 60, 10, NOW_S - 20, performed_at_ms=NOW_S * 1000 - 20_000)]
+    )
+    assert open_no is not None
+    timed_out = Answer(open_no, beta, AnswerStatus.TIMEOUT, NOW_S * 1000 - 1000, 2_000_000)
+    answer = Answer(open_no, alpha, AnswerStatus.SUCCESS, NOW_S * 1000 - 1000, 900, None, normals(6, 0.001))
+    await db.write(repositories.add_answers, [answer, timed_out])
+    known = [model for model in await db.read(repositories.load_models) if model.info.model_id != "new"]
+    leaderboard = sums.leaderboard(NOW_S, known)
+    for at_s in (NOW_S - 900, NOW_S):
+        await db.write(scores.save_leaderboard, replace(leaderboard, created_at_s=at_s), True)
+    game.live.publish(leaderboard)
+    return leaderboard
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def game(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Game]:
+    async with serve(tmp_path_factory.mktemp("game")) as served:
+        await play(served)
+        yield served
+
+
+@pytest.fixture
+async def fresh(tmp_path: Path) -> AsyncIterator[Game]:
+    async with serve(tmp_path) as served:
+        yield served
+
+
+BTC_ROUND = f"BTC-60-10-{START_S}"
+VOID_ROUND = f"BTC-60-10-{START_S + 40}"
+CLOSED_ROUND = f"BTC-60-10-{START_S + 80}"
+OPEN_ROUND = f"BTC-60-10-{NOW_S - 20}"
+
+# Family 1: as the coordinator web app asks.
+
+
+async def test_the_hub_reads_the_models(game: Game) -> None:
+    rows = await game.get("/reports/models")
+
+    assert {
+        "model_id": "b/2",
+        "model_name": EVIL,
+        "cruncher_name": "bob",
+        "cruncher_id": "p-bob",
+        "deployment_id": "2_a",
+    } in rows
+    assert [row["model_id"] for row in rows][-1] == "new"
+    assert all(isinstance(value, str) for row in rows for value in row.values())
+
+
+async def test_the_hub_leaderboard_is_in_rank_order_with_flat_rows(game: Game) -> None:
+    rows = await game.get("/reports/leaderboard")
+
+    standings = game.live.leaderboard.standings if game.live.leaderboard else ()
+    assert [row["model_id"] for row in rows] == [s.model.info.model_id for s in standings] + ["new"]
+    by_id = {row["model_id"]: row for row in rows}
+    assert by_id["1"]["rank"] == 1
+    assert by_id["bench"]["rank"] is None
+    assert by_id["1"]["score_anchor"] == standings[[r["model_id"] for r in rows].index("1")].overall.anchor
+    assert by_id["1"]["username"] == by_id["1"]["cruncher_name"] == "alice"
+    assert by_id["1"]["status"] == "RUNNING"
+    assert by_id["b/2"]["status"] == "STOPPED"
+    assert by_id["new"]["score_anchor"] is None
+    assert by_id["1"]["created_at"] == moment(NOW_S)
+    assert not any(isinstance(value, list | dict) for row in rows for value in row.values())
+
+
+async def test_snapshots_are_charted_oldest_first_with_naive_times(game: Game) -> None:
+    rows = await game.get("/reports/models/global", projectIds="1,b/2", start=day(-30), end=day(1))
+
+    assert len(rows) == 4
+    assert set(rows[0]) == {"model_id", "score_recent", "score_steady", "score_anchor", "performed_at"}
+    assert [row["performed_at"] for row in rows] == sorted(row["performed_at"] for row in rows)
+    assert rows[0]["performed_at"] == "2023-11-14T23:01:40"
+    assert {row["model_id"] for row in rows} == {"1", "b/2"}
+
+
+async def test_setting_snapshots_name_their_setting(game: Game) -> None:
+    rows = await game.get("/reports/models/params", projectIds="1")
+
+    assert {row["param"] for row in rows} == {"BTC-60-10", "ETH-60-10", "BTC-120-60"}
+    row = next(row for row in rows if row["param"] == "BTC-120-60")
+    assert (row["asset"], row["horizon"], row["step"]) == ("BTC", 120, 60)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", row["performed_at"])
+
+
+@pytest.mark.parametrize("path", ["/reports/models/global", "/reports/models/params", "/reports/predictions"])
+async def test_project_ids_may_be_joined_repeated_unknown_or_left_out(game: Game, path: str) -> None:
+    joined = await game.client.get(f"{path}?projectIds=1%2Cb%2F2%2Cnobody&limit=500&utm_source=x")
+    repeated = await game.client.get(f"{path}?projectIds=1&projectIds=b/2&limit=500")
+    everybody = await game.get(path)
+
+    assert joined.status_code == 200
+    assert joined.json() == repeated.json()
+    assert {row["model_id"] for row in joined.json()} == {"1", "b/2"}
+    assert {row["model_id"] for row in everybody} == {"1", "b/2", "bench"}
+    assert await game.get(path, projectIds="") == []
+    assert await game.get(path, projectIds="nobody") == []
+
+
+async def test_predictions_carry_scores_and_the_reasons_of_failures(game: Game) -> None:
+    rows = await game.get("/reports/predictions", projectIds="b/2,1", start=day(-1), end=day(1))
+
+    first = {row["model_id"]: row for row in rows if row["round_id"] == BTC_ROUND}
+    assert [row["performed_at"] for row in rows] == sorted(row["performed_at"] for row in rows)
+    assert set(first["1"]) == {
+        *("model_id", "param", "asset", "horizon", "step", "score_value", "score_failed"),
+        *(
+            "score_failed_reason",
+            "scored_at",
+            "performed_at",
+            "status",
+            "raw_score",
+            "exec_time_us",
+            "round_id",
+        ),
+    }
+    assert first["1"]["score_failed"] is False
+    assert first["1"]["score_value"] == 0.0  # the only one with a valid answer is the median
+    assert first["1"]["raw_score"] > 0
+    assert first["1"]["performed_at"] == naive_moment(START_S + 1)
+    assert first["1"]["scored_at"] == naive_moment(START_S + 70)
+    assert first["b/2"]["score_failed"] is True
+    assert first["b/2"]["score_failed_reason"] == "invalid: segment 1: scale must be > 0"
+    assert first["b/2"]["score_value"] < 0
+    assert first["b/2"]["raw_score"] is None
+    void = next(row for row in rows if row["round_id"] == VOID_ROUND and row["model_id"] == "1")
+    assert void["score_failed_reason"] == "the round is void: the prices never came"
+    pending = next(row for row in rows if row["round_id"] == OPEN_ROUND and row["model_id"] == "1")
+    assert (pending["score_value"], pending["score_failed"], pending["scored_at"]) == (None, False, None)
+    late = next(row for row in rows if row["round_id"] == OPEN_ROUND and row["model_id"] == "b/2")
+    assert (late["status"], late["score_failed"]) == ("TIMEOUT", True)
+
+
+@pytest.mark.parametrize("ids", ["1", "1,b/2,bench", None])
+async def test_pages_of_predictions_are_complete_and_keep_the_newest(game: Game, ids: str | None) -> None:
+    chosen = {} if ids is None else {"projectIds": ids}
+    whole = await game.get("/reports/predictions", **chosen)
+    pages: list[list[dict[str, Any]]] = []
+    before: dict[str, str] = {}
+    while True:
+        answer = await game.client.get("/reports/predictions", params={**chosen, **before, "limit": 2})
+        pages.insert(0, answer.json())
+        if "x-next-before" not in answer.headers:
+            break
+        before = {"before": answer.headers["x-next-before"]}
+
+    assert all(0 < len(page) <= 2 for page in pages)
+    found = [(row["round_id"], row["model_id"]) for page in pages for row in page]
+    assert len(set(found)) == len(found)
+    assert set(found) == {(row["round_id"], row["model_id"]) for row in whole}
+    assert pages[-1][-1]["round_id"] == OPEN_ROUND
+    older = await game.get("/reports/predictions", **chosen, before=moment(START_S + 20))
+    assert {row["round_id"] for row in older} == {BTC_ROUND}
+
+
+async def test_the_range_of_time_is_kept_in_every_notation(game: Game) -> None:
+    start = moment(START_S + 20)  # 23:00:20Z
+    spellings = [start, start.removesuffix("Z"), "2023-11-15T01:00:20+02:00", "2023-11-14 23:00:20"]
+    answers = [
+        await game.get("/reports/predictions", projectIds="1", start=text, end=moment(START_S + 20))
+        for text in spellings
+    ]
+    plus_as_space = await game.client.get(
+        f"/reports/predictions?projectIds=1&start=2023-11-15T01:00:20+02:00&end={start}"
+    )
+
+    assert {row["round_id"] for row in answers[0]} == {
+        f"BTC-60-10-{START_S + 20}",
+        f"ETH-60-10-{START_S + 20}",
+    }
+    assert all(answer == answers[0] for answer in answers)
+    assert plus_as_space.json() == answers[0]
+
+
+async def test_the_web_app_can_configure_itself(game: Game) -> None:
+    schema = await game.get("/reports/schema")
+
+    assert schema["schema_version"] == "1"
+    columns = schema["leaderboard_columns"]
+    row = (await game.get("/reports/leaderboard"))[0]
+    assert [column["order"] for column in columns] == sorted(column["order"] for column in columns)
+    assert {column["type"] for column in columns} == {"PROJECT", "USERNAME", "VALUE"}
+    assert all(column["property"] in row for column in columns)
+    assert columns[0]["nativeConfiguration"] == {"type": "model", "statusProperty": "status"}
+    for widget in schema["metrics_widgets"]:
+        native = widget["nativeConfiguration"]
+        rows = await game.get(widget["endpointUrl"], projectIds="1")
+        charted = [native["xAxis"]["name"], native["groupByProperty"]]
+        charted += [series["name"] for series in native["yAxis"]["series"]]
+        charted += [chosen["property"] for chosen in native["filterConfig"]]
+        charted += list((native["alertConfig"] or {}).values())
+        assert widget["id"] >= 50
+        assert rows
+        assert all(name in rows[0] for name in charted)
+
+
+async def test_feeds_are_described_and_their_tails_read(game: Game) -> None:
+    rows = {row["subject"]: row for row in await game.get("/reports/feeds")}
+    tail = await game.get("/reports/feeds/tail", source="synthetic", subject="BTC", limit=3)
+    all_assets = await game.get("/reports/feeds/tail", limit=3)
+
+    assert rows["BTC"]["source"] == "synthetic"
+    assert rows["BTC"]["granularity"] == "10s"
+    assert rows["BTC"]["record_count"] == 120
+    assert rows["BTC"]["oldest_ts"] == moment(START_S - 100)
+    assert rows["BTC"]["newest_ts"] == moment(START_S + 1090)
+    assert rows["BTC"]["watermark_ts"] == moment(NOW_S - 5)
+    assert [row["ts_event"] for row in tail] == [moment(START_S + 1090 - 10 * k) for k in range(3)]
+    assert tail[0]["values"].keys() == {"price"}
+    assert tail[0]["meta"] == {}
+    assert [row["ts_event"] for row in all_assets] == [moment(START_S + s) for s in (1090, 1090, 1080)]
+    assert await game.get("/reports/feeds/tail", subject="DOGE") == []
+    assert await game.get("/reports/feeds/tail", kind="candle") == []
+    assert await game.get("/reports/feeds/tail", source="coinbase") == []
+
+
+# Family 2
+
+
+@pytest.mark.parametrize("window", ["recent", "steady", "anchor"])
+async def test_the_leaderboard_is_sorted_and_ranked_by_its_window(game: Game, window: str) -> None:
+    body = await game.get("/leaderboard", window=window)
+
+    assert body["window"] == window
+    assert body["count"] == len(body["models"]) == 4
+    known = [model["score"] for model in body["models"] if model["score"] is not None]
+    assert known == sorted(known, reverse=True)
+    assert body["models"][-1]["model_id"] == "new"
+    assert [model["rank"] for model in body["models"] if model["rank"]] == [1, 2]
+    alpha = next(model for model in body["models"] if model["model_id"] == "1")
+    assert alpha["prediction_count"] == 4
+    assert set(alpha) == {"rank", "model_id", "model_name", "cruncher_name", "score", "prediction_count"}
+    short = await game.get("/leaderboard", window=window, limit=1)
+    assert short["models"] == body["models"][:1]
+    assert short["count"] == 1
+
+
+async def test_the_leaderboard_is_the_anchor_windows_by_default(game: Game) -> None:
+    assert await game.get("/leaderboard") == await game.get("/leaderboard", window="anchor", limit=1000)
+
+
+async def test_a_models_metrics(game: Game) -> None:
+    body = await game.get("/model/b%2F2/metrics")
+    alpha = await game.get("/model/1/metrics")
+
+    assert body["model_id"] == "b/2"
+    assert body["model_name"] == EVIL
+    assert set(body["overall_scores"]) == {"recent_24h", "steady_72h", "anchor_7d"}
+    assert set(body["by_horizon"]) == {"1m", "2m"}
+    one_minute = [body["by_setting"][key]["anchor_7d"] for key in ("BTC-60-10", "ETH-60-10")]
+    assert body["by_horizon"]["1m"]["anchor_7d"] == pytest.approx(sum(one_minute) / 2)
+    assert body["recent_predictions"][0]["round_id"] == OPEN_ROUND
+    assert body["recent_predictions"][-1]["detail"] == "invalid: segment 1: scale must be > 0"
+    assert body["deployments"] == [
+        {"deployment_id": "2_a", "first_seen_at": moment(START_S - 60), "code_changed": True}
+    ]
+    assert alpha["skill"]["anchor_7d"] is not None
+    assert (body["status"], alpha["status"]) == ("STOPPED", "RUNNING")
+    assert "/reports/models" in await game.error("/model/nobody/metrics", 404)
+
+
+async def test_statistics_count_what_succeeded(game: Game) -> None:
+    body = await game.get("/statistics")
+
+    assert body["total_models"] == 4
+    assert body["active_models"] == 2
+    assert body["total_predictions"] == body["predictions_last_24h"] == 4 * 2 + 2 * 3 + 1
+    assert (body["total_rounds"], body["scored_rounds"]) == (8, 4)
+
+
+async def test_rounds_are_listed_newest_first_and_filtered(game: Game) -> None:
+    rows = await game.get("/rounds")
+    times = [row["scheduled_at"] for row in rows]
+
+    assert len(rows) == 8
+    assert times == sorted(times, reverse=True)
+    assert set(rows[0]) == {
+        *("round_id", "asset", "horizon", "step", "scheduled_at", "performed_at", "resolvable_at", "status"),
+        *("reason", "answered", "failed", "timed_out", "absent"),
+    }
+    first = rows[-1]
+    assert first["round_id"] == BTC_ROUND
+    assert first["performed_at"] == "2023-11-14T23:00:01.250Z"
+    assert first["resolvable_at"] == moment(START_S + 60)
+    assert (first["answered"], first["failed"], first["timed_out"], first["absent"]) == (2, 1, 0, 0)
+    assert {row["asset"] for row in await game.get("/rounds", asset="ETH")} == {"ETH"}
+    assert [row["horizon"] for row in await game.get("/rounds", horizon=120)] == [120]
+    assert await game.get("/rounds", asset="DOGE") == []
+    for status in RoundStatus:
+        listed = (await game.client.get("/rounds", params={"status": status.value})).json()
+        assert listed == [row for row in rows if row["status"] == status]
+    (missed,) = (row for row in rows if row["status"] == "missed")
+    assert (missed["reason"], missed["performed_at"]) == ("the game was not running", None)
+    assert await game.get("/rounds", before=moment(START_S + 20)) == [first]
+
+
+async def test_pages_of_rounds_are_complete(game: Game) -> None:
+    found: list[str] = []
+    before: dict[str, str] = {}
+    while True:
+        answer = await game.client.get("/rounds", params={"limit": 1, **before})
+        found += [row["round_id"] for row in answer.json()]
+        if "x-next-before" not in answer.headers:
+            break
+        before = {"before": answer.headers["x-next-before"]}
+
+    assert found == [row["round_id"] for row in await game.get("/rounds")]
+
+
+async def test_a_round_says_why_each_model_got_its_score(game: Game) -> None:
+    body = await game.get(f"/rounds/{BTC_ROUND}")
+    closed = await game.get(f"/rounds/{CLOSED_ROUND}")
+
+    by_id = {row["model_id"]: row for row in body["predictions"]}
+    assert set(by_id) == {"1", "b/2", "bench"}
+    assert set(by_id["1"]) == {
+        *("model_id", "model_name", "status", "detail", "exec_time_us", "received_at", "raw_score", "score")
+    }
+    assert by_id["b/2"]["detail"] == "invalid: segment 1: scale must be > 0"
+    assert by_id["1"]["received_at"] == "2023-11-14T23:00:01.300Z"
+    assert (body["median"], body["resolved_segments"]) == (by_id["1"]["raw_score"], 6)
+    shown = [row["score"] for row in body["predictions"]]
+    assert shown == sorted(shown, reverse=True)
+    absent = next(row for row in closed["predictions"] if row["model_id"] == "new")
+    assert (absent["status"], absent["exec_time_us"], absent["score"]) == ("ABSENT", None, None)
+    assert "BTC-3600-60" in await game.error("/rounds/nonsense", 404)
+    await game.error(f"/rounds/BTC-60-10-{START_S + 7}", 404)
+
+
+async def test_a_score_is_explained_by_everything_it_is_made_of(game: Game) -> None:
+    body = await game.get(f"/rounds/{BTC_ROUND}/predictions/1")
+
+    assert body["densities"] == orjson.loads(normals(6, 0.0004))
+    assert [at_s for at_s, _ in body["prices"]] == [START_S + 10 * k for k in range(7)]
+    moves = [
+        math.log(after / before)
+        for (_, before), (_, after) in zip(body["prices"], body["prices"][1:], strict=False)
+    ]
+    assert body["increments"] == pytest.approx(moves)
+    assert sum(body["segment_scores"]) / 6 == pytest.approx(body["raw_score"], rel=1e-12)
+    assert body["no_move"] == pytest.approx(1e4 * sum(map(abs, moves)) / 6)
+    assert body["score"] == pytest.approx(100 * (body["median"] - body["raw_score"]) / body["no_move"])
+    assert body["reason"] is None
+
+
+async def test_a_rejected_answer_is_explained_too(game: Game) -> None:
+    body = await game.get(f"/rounds/{BTC_ROUND}/predictions/b%2F2")
+
+    assert body["reason"] == "invalid: segment 1: scale must be > 0"
+    assert body["densities"][0]["params"] == {"scale": -1}
+    assert body["segment_scores"] is None
+    assert body["raw_score"] is None
+    assert body["score"] < 0
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        (f"/rounds/{OPEN_ROUND}/predictions/1", "not scored yet"),
+        (f"/rounds/{CLOSED_ROUND}/predictions/1", "not scored yet"),
+        (f"/rounds/{VOID_ROUND}/predictions/1", "the prices never came"),
+        (f"/rounds/{BTC_ROUND}/predictions/nobody", "no model with this id"),
+        (f"/rounds/{BTC_ROUND}/predictions/new", "neither asked"),
+        ("/rounds/nonsense/predictions/1", "looks like"),
+        ("/rounds/BTC-60-10-1/predictions/1", "no such round"),
+    ],
+)
+async def test_what_a_model_answered_is_secret_until_the_round_is_scored(
+    game: Game, path: str, says: str
+) -> None:
+    assert says in await game.error(path, 404)
+
+
+async def test_an_explanation_says_what_was_pruned(tmp_path: Path) -> None:
+    async with serve(tmp_path) as game:
+        await play(game)
+        await game.db.write(lambda conn: conn.execute("DELETE FROM payload") and None)
+        without_payload = await game.get(f"/rounds/{BTC_ROUND}/predictions/1")
+        await game.db.write(lambda conn: conn.execute("DELETE FROM price") and None)
+        without_prices = await game.get(f"/rounds/{BTC_ROUND}/predictions/1")
+
+    assert "not stored any more" in without_payload["reason"]
+    assert without_payload["densities"] is None
+    assert without_payload["raw_score"] > 0
+    assert all(price is not None for _, price in without_payload["prices"])
+    assert without_prices["increments"] == [None] * 6
+
+
+async def test_commands_explain_scores_as_the_api_does(game: Game) -> None:
+    conn = open_read_only(game.config.storage.path)
+    try:
+        held = explain_round(conn, BTC_ROUND)
+        found = explain(conn, game.config, BTC_ROUND, "1")
+        with pytest.raises(NotExplained, match="not scored yet"):
+            explain(conn, game.config, OPEN_ROUND, "1")
+    finally:
+        conn.close()
+
+    shown = [answer.score for answer in held.answers]
+    assert {answer.model_id for answer in held.answers} == {"1", "b/2", "bench"}
+    assert shown == sorted(shown, key=lambda score: -(score or 0))
+    assert found.answer.raw == pytest.approx(np.mean(found.segment_scores or []))
+    assert found.densities == normals(6, 0.0004)
+
+
+# Family 3
+
+
+async def test_readiness_names_what_is_wrong(fresh: Game) -> None:
+    assert await fresh.get("/healthz") == {"status": "ok"}
+    assert await fresh.get("/readyz") == {"status": "ready", "problems": []}
+    fresh.problems.append("BTC has no fresh price")
+
+    body = await fresh.get("/readyz", 503)
+
+    assert body["problems"] == ["BTC has no fresh price"]
+    assert body["error"] == "not ready"
+    assert (await fresh.get("/version"))["name"] == "condor-lite"
+
+
+async def test_before_anything_happened_every_answer_is_valid(fresh: Game) -> None:
+    for path in ("/reports/models", "/reports/leaderboard", "/reports/models/global", "/rounds"):
+        assert await fresh.get(path) == []
+    for path in ("/reports/models/params", "/reports/predictions", "/reports/feeds", "/reports/feeds/tail"):
+        assert await fresh.get(path) == []
+    assert await fresh.get("/leaderboard") == {"window": "anchor", "count": 0, "models": []}
+    assert (await fresh.get("/statistics"))["total_predictions"] == 0
+    page = await fresh.client.get("/")
+    assert "No model has joined yet" in page.text
+
+
+async def test_models_are_known_before_the_first_leaderboard_and_when_they_join(fresh: Game) -> None:
+    await fresh.db.write(repositories.upsert_model, ALPHA, START_S)
+    (row,) = await fresh.get("/reports/leaderboard")
+    assert (row["model_id"], row["rank"], row["score_anchor"]) == ("1", None, None)
+    assert row["created_at"] == moment(START_S - 100.5)
+
+    await fresh.db.write(repositories.upsert_model, NEW, START_S)
+    fresh.connected.add("new")
+
+    assert [row["model_id"] for row in await fresh.get("/reports/models")] == ["1", "new"]
+
+
+# What holds for every answer
+
+
+async def test_a_new_leaderboard_changes_the_body_and_its_tag(fresh: Game) -> None:
+    leaderboard = await play(fresh)
+    paths = [
+        "/reports/leaderboard",
+        "/reports/models",
+        "/leaderboard?window=recent",
+        "/reports/models/global",
+    ]
+    for path in paths:
+        first = await fresh.client.get(path)
+        again = await fresh.client.get(path, headers={"If-None-Match": f'"x", {first.headers["etag"]}'})
+        assert first.status_code == 200
+        assert re.fullmatch(r"public, max-age=\d+", first.headers["cache-control"])
+        assert again.status_code == 304
+        assert again.content == b""
+        assert again.headers["etag"] == first.headers["etag"]
+
+    before = await fresh.client.get("/reports/leaderboard")
+    fresh.live.publish(replace(leaderboard, created_at_s=NOW_S + 60))
+    after = await fresh.client.get("/reports/leaderboard", headers={"If-None-Match": before.headers["etag"]})
+
+    assert after.status_code == 200
+    assert after.json()[0]["created_at"] == moment(NOW_S + 60)
+
+
+async def test_large_bodies_are_zipped_for_those_who_take_it(game: Game) -> None:
+    path = "/reports/predictions"
+    plain = await game.client.get(path, headers={"Accept-Encoding": "identity"})
+    refused = await game.client.get(path, headers={"Accept-Encoding": "gzip;q=0, br"})
+    zipped = await game.client.get(path, headers={"Accept-Encoding": "br, gzip"})
+
+    assert "content-encoding" not in plain.headers
+    assert "content-encoding" not in refused.headers
+    assert zipped.headers["content-encoding"] == "gzip"
+    assert zipped.headers["vary"] == "Accept-Encoding"
+    assert int(zipped.headers["content-length"]) < len(plain.content) / 2
+    assert zipped.content == plain.content == refused.content
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/leaderboard?window=weekly", "recent, steady, anchor"),
+        ("/leaderboard?limit=0", "from 1 to"),
+        ("/leaderboard?limit=100000", "from 1 to"),
+        ("/leaderboard?limit=ten", "whole number"),
+        ("/leaderboard?limit=1e3", "whole number"),
+        ("/rounds?status=done", "open, closed, scored, void, missed, skipped"),
+        ("/rounds?horizon=1h", "seconds"),
+        ("/rounds?before=yesterday", "ISO 8601"),
+        (f"/rounds?limit={'9' * 5000}", "whole number"),
+        ("/reports/predictions?start=2026-13-01", "ISO 8601"),
+        ("/reports/predictions?end=NaN", "ISO 8601"),
+        ("/reports/predictions?start=2026-02-01&end=2026-01-01", "start must not be after end"),
+        ("/reports/predictions?limit=-1", "from 1 to"),
+        ("/reports/models/global?projectIds=" + ",".join(map(str, range(1001))), "at most 1000"),
+        ("/reports/feeds/tail?limit=%00", "whole number"),
+    ],
+)
+async def test_a_bad_parameter_is_told_what_would_be_right(game: Game, path: str, says: str) -> None:
+    assert says in await game.error(path, 400)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/rounds?asset=&status=&horizon=&before=",
+        "/rounds?asset=%00&before=0001-01-01T00:00:00",
+        "/rounds?asset=%ff%fe",
+        "/rounds?before=9999-12-31T23:59:59-11:00",
+        "/reports/predictions?start=0001-01-01&end=9999-12-31",
+        "/reports/predictions?before=999999999999_999999999999999999_999999999999999999",
+        "/reports/models/global?start=2026-01-01",
+        "/reports/models/global?projectIds=%ed%a0%80",
+        "/leaderboard?window=&whatever=1&limit=1&limit=2",
+    ],
+)
+async def test_odd_but_possible_parameters_are_answered(game: Game, path: str) -> None:
+    await game.get(path)
+
+
+async def test_errors_are_json_and_repeat_nothing(game: Game) -> None:
+    for path in (f"/{quote(EVIL)}", f"/rounds/{quote(EVIL, '')}", f"/model/{quote(EVIL, '')}/metrics"):
+        assert EVIL not in await game.error(path, 404)
+    await game.error("/static/../api.py", 404)
+    await game.error("/static/nothing.css", 404)
+    for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
+        answer = await game.client.request(method, "/leaderboard")
+        assert answer.status_code == 405
+        assert set(answer.json()) == {"error", "detail"}
+        assert "GET" in answer.headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/leaderboard", "/reports/models", "/healthz", "/", f"/rounds/{BTC_ROUND}"])
+async def test_head_is_get_without_a_body(game: Game, path: str) -> None:
+    get, head = await game.client.get(path), await game.client.head(path)
+
+    assert head.status_code == 200
+    assert head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert int(head.headers["content-length"]) > 0
+
+
+async def test_browsers_are_told_what_not_to_do(game: Game) -> None:
+    for path in ("/", "/leaderboard", "/nothing", "/static/style.css"):
+        headers = (await game.client.get(path)).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+async def test_other_sites_may_read_only_if_configured(tmp_path: Path, game: Game) -> None:
+    origin = {"Origin": "https://hub.example"}
+    assert (
+        "access-control-allow-origin" not in (await game.client.get("/leaderboard", headers=origin)).headers
+    )
+    async with serve(tmp_path, '[report]\ncors_origins = ["https://hub.example"]\n') as open_game:
+        allowed = await open_game.client.get("/leaderboard", headers=origin)
+        stranger = await open_game.client.get("/leaderboard", headers={"Origin": "https://evil.example"})
+        preflight = await open_game.client.options(
+            "/leaderboard", headers={**origin, "Access-Control-Request-Method": "GET"}
+        )
+
+    assert allowed.headers["access-control-allow-origin"] == "https://hub.example"
+    assert "access-control-allow-origin" not in stranger.headers
+    assert preflight.status_code == 200
+
+
+async def test_a_slow_or_failing_database_is_a_503_and_a_bug_a_500(tmp_path: Path) -> None:
+    class Readers:
+        error: Exception = QueryTimeout(2.0)
+
+        async def fetch(self, sql: str, params: object = ()) -> list[Any]:
+            raise self.error
+
+    readers = Readers()
+    async with serve(tmp_path, readers=readers) as game:
+        assert "longer than 2 s" in await game.error("/rounds", 503)
+        assert "longer than 2 s" in (await game.get("/readyz", 503))["detail"]
+        assert await game.get("/leaderboard") == {"window": "anchor", "count": 0, "models": []}
+        await game.get("/healthz")
+        readers.error = RuntimeError("secret detail")
+        detail = await game.error("/rounds", 500)
+
+    assert "secret" not in detail
+
+
+async def test_answers_are_what_their_types_say(game: Game) -> None:
+    fill = {"model_id:path": "1", "model_id": "1", "round_id": BTC_ROUND}
+    for endpoint in ENDPOINTS:
+        path = re.sub(r"{([^}]+)}", lambda match: fill[match[1]], endpoint.path)
+        answer = await game.client.get(path)
+        assert answer.status_code == 200, path
+        msgspec.convert(answer.json(), endpoint.answer, strict=True)
+    msgspec.json.schema_components([endpoint.answer for endpoint in ENDPOINTS])
+
+
+# The page
+
+
+async def test_the_page_shows_the_leaderboard_and_escapes_names(game: Game) -> None:
+    page = await game.client.get("/", params={"window": "steady"})
+
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<script" not in page.text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text
+    assert "Tiny &amp; small" in page.text
+    assert "synthetic prices" in page.text
+    assert 'href="/model/b%2F2/metrics"' in page.text
+    assert 'href="/?window=steady" aria-current="page"' in page.text
+    assert re.search(r'http-equiv="refresh" content="\d+"', page.text)
+    for asset in re.findall(r'(?:href|src)="(/static/[^"]+)"', page.text):
+        assert (await game.client.get(asset)).status_code == 200
+    for link in re.findall(r'href="(/(?:model|rounds)/[^"]+)"', page.text):
+        assert (await game.client.get(link)).status_code == 200, link
+
+
+# The server
+
+
+async def test_a_port_in_use_and_an_address_elsewhere_are_explained() -> None:
+    with server.bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError, match=f"report.port {port} is in use"):
+            server.bind("127.0.0.1", port)
+    with pytest.raises(StartError, match=r"report\.host"):
+        server.bind("192.0.2.1", 0)
+    with pytest.raises(StartError, match=r"report\.host"):
+        server.bind("no such host", 0)
+
+
+@pytest.mark.parametrize("end", ["stop", "cancel"])
+async def test_the_server_ends_with_its_port_free_and_can_run_again(tmp_path: Path, end: str) -> None:
+    async with serve(tmp_path) as game:
+        other = server.Server(create_app(game.live, game.db.reports), server.bind("127.0.0.1", 0))
+        for _ in range(2):
+            async with anyio.create_task_group() as tasks:
+                await tasks.start(other.run)
+                async with httpx.AsyncClient(base_url=other.url) as client:
+                    assert (await client.get("/healthz")).status_code == 200
+                    # Ended while a connection is kept alive.
+                    other.stop() if end == "stop" else tasks.cancel_scope.cancel()
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", other.port))
+
+
+async def test_many_readers_at_once_get_the_same_leaderboard(game: Game) -> None:
+    bodies = await asyncio.gather(*(game.get("/reports/leaderboard") for _ in range(50)))
+
+    assert all(body == bodies[0] for body in bodies)
+
+
+# Notations
+
+
+@given(st.integers(-(10**9), 4 * 10**9))
+def test_times_are_read_as_they_are_written(at_s: int) -> None:
+    assert read_moment(moment(at_s)) == at_s
+    assert read_moment(naive_moment(at_s)) == at_s
+    assert datetime.fromisoformat(moment(at_s)) == datetime.fromtimestamp(at_s, UTC)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_time_or_a_value_error(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        assert math.isfinite(read_moment(text))
+
+
+@given(st.lists(st.integers(), max_size=2000))
+def test_long_lists_are_encoded_in_portions_as_in_one(values: list[int]) -> None:
+    values = [value % 2**53 for value in values]
+    assert encode(values) == orjson.dumps(values)
+
+
+def test_round_ids_are_taken_apart() -> None:
+    key = parse_round_id("BTC-USD-3600-60-1700000000")
+    assert key is not None
+    assert (key.asset, key.horizon_s, key.step_s, key.scheduled_at_s) == ("BTC-USD", 3600, 60, 1700000000)
+    assert [parse_round_id(bad) for bad in ("", "BTC", "-1-1-1", "BTC-1-1--1", "BTC-1-1-²")] == [None] * 5
+
+
+def test_horizons_have_short_names() -> None:
+    assert [horizon_label(s) for s in (3600, 86400, 300, 60, 90)] == ["1h", "24h", "5m", "1m", "90s"]
+
+
+def day(offset: int) -> str:
+    """As the web app writes it."""
+    return moment(NOW_S + 86400 * offset).replace("Z", ".000Z")
