@@ -6,8 +6,8 @@ import asyncio
 import gc
 import socket as socket_module
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 import anyio
@@ -111,6 +111,7 @@ class Game:
         )
         self.feed.subscribe(lambda assets: self.score.wake())
         self.services: list[Service] = []
+        self.web: server.Server
 
     def _on_closed(self, closed: Round) -> None:
         self.score.wake()
@@ -153,78 +154,97 @@ async def run(config: Config) -> None:
     """
     stop = asyncio.Event()
     stopping.when_asked(partial(_ask_to_stop, asyncio.get_running_loop(), stop))
-    async with AsyncExitStack() as stack:
-        socket = server.bind(config.report.host, config.report.port)
-        stack.callback(socket.close)
-        db = await stack.enter_async_context(Database(config.storage.path))
-        source = make_source(config)
-        stack.push_async_callback(source.aclose)
-        clock = _clock(config, source, await db.read(repositories.load_clock))
-        failure: CondorError | None = None
-        async with anyio.create_task_group() as tasks:
-            try:
-                await _play(config, clock, db, source, socket, tasks, stop)
-            except CondorError as error:
-                failure = error  # raised outside of the group, which would wrap it
-                tasks.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-    stopping.when_asked(None)
+    try:
+        async with playing(config):
+            await stop.wait()
+            log.info("stopping", grace_s=config.game.shutdown_grace_s)
+    finally:
+        stopping.when_asked(None)
+    log.info("stopped", stored="everything")
 
 
 def _ask_to_stop(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
     loop.call_soon_threadsafe(stop.set)  # a signal handler may run in the middle of anything
 
 
-async def _play(
+@asynccontextmanager
+async def playing(config: Config, clock: Clock | None = None) -> AsyncIterator[Game]:
+    """A running game; on leaving, the rounds in flight are finished and everything is shut down in order.
+
+    `clock` replaces the one that the feed and the stored game call for.
+    """
+    async with AsyncExitStack() as stack:
+        socket = server.bind(config.report.host, config.report.port)
+        stack.callback(socket.close)
+        db = await stack.enter_async_context(Database(config.storage.path))
+        source = make_source(config)
+        stack.push_async_callback(source.aclose)
+        clock = clock or _clock(config, source, await db.read(repositories.load_clock))
+        failure: BaseException | None = None
+        async with anyio.create_task_group() as tasks:
+            try:
+                game = await _start(config, clock, db, source, socket, tasks)
+                try:
+                    yield game
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await _stop(game)
+            except BaseException as error:  # raised outside of the group, which would wrap it
+                failure = error
+            tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+
+async def _start(
     config: Config,
     clock: Clock,
     db: Database,
     source: Source,
     socket: socket_module.socket,
     tasks: TaskGroup,
-    stop: asyncio.Event,
-) -> None:
-    orchestrator = (
-        Orchestrator(config, config.storage.path.parent) if config.orchestrator.mode == "local" else None
-    )
-    models = Service("models", orchestrator.run) if orchestrator else None
-    if models and orchestrator:
-        await tasks.start(models.serve)
-    game = Game(config, clock, db, source, orchestrator.port if orchestrator else config.orchestrator.port)
+) -> Game:
+    """Start every service, the models' processes first: they take longest."""
+    models: list[Service] = []
+    port = config.orchestrator.port
+    if config.orchestrator.mode == "local":
+        orchestrator = Orchestrator(config, config.storage.path.parent)
+        models = [Service("models", orchestrator.run)]
+        await tasks.start(models[0].serve)
+        port = orchestrator.port
+    game = Game(config, clock, db, source, port)
     await game.feed.start()
-    web = server.Server(create_app(game.live, db.reports), socket)
-    inner = [
+    game.web = server.Server(create_app(game.live, db.reports), socket)
+    started = [
         Service("predict", game.predict.run),
         Service("fleet", game.predict.fleet.run),
-        *([models] if models else []),
         Service("score", game.score.run),
         Service("feed", game.feed.run),
         Service("journal", game.journal.run),
-        Service("report", web.run),
+        Service("report", game.web.run),
     ]
-    game.services = inner
-    for service in inner:
-        if service is not models:
-            tasks.start_soon(service.serve, name=service.name)
-    _announce(config, source, web.url)
+    for service in started:
+        tasks.start_soon(service.serve, name=service.name)
+    game.services = [*started[:2], *models, *started[2:]]  # in the order in which they are stopped
+    _announce(config, source, game.web.url)
     gc.collect()
     gc.freeze()  # a full collection of what start-up made would hold the loop 25 to 44 ms
-    await stop.wait()
-    log.info("stopping", grace_s=config.game.shutdown_grace_s)
-    with anyio.move_on_after(config.game.shutdown_grace_s + _STORE_WAIT_S):
-        await game.predict.finish(config.game.shutdown_grace_s)
-    for service in inner:
+    return game
+
+
+async def _stop(game: Game) -> None:
+    grace_s = game.config.game.shutdown_grace_s
+    with anyio.move_on_after(grace_s + _STORE_WAIT_S):
+        await game.predict.finish(grace_s)
+    for service in game.services:
         await service.stop()
-    await db.write(repositories.save_clock, clock.now())
-    log.info("stopped", stored="everything")
+    await game.db.write(repositories.save_clock, game.clock.now())
 
 
 def _announce(config: Config, source: Source, url: str) -> None:
     prices = f"{source.name} (simulated)" if source.simulated else source.name
-    log.info(
-        "game_started", game=config.game.name, version=__version__, prices=prices, assets=config.game.assets
-    )
+    assets = " ".join(config.game.assets)
+    log.info("game_started", game=config.game.name, version=__version__, prices=prices, assets=assets)
     log.info("look_here", url=url, database=str(config.storage.path))
     soonest = min(config.game.settings, key=lambda setting: setting.horizon_s)
     wait_s = soonest.horizon_s + config.scoring.settle_delay_s + soonest.interval_s

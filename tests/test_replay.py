@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from condor_lite.errors import ConfigError
 from condor_lite.prices.replay import ReplaySource, read_recording
+from tests.prices import recorded
 
 T = 1_677_628_800  # 2023-03-01 00:00 UTC
 HOUR_S = 3600
@@ -168,18 +168,6 @@ def test_recordings_without_a_common_time_are_refused(tmp_path: Path) -> None:
     minutes(tmp_path, "ETH", T + HOUR_S, 10)
     with pytest.raises(ConfigError, match="no time in common"):
         ReplaySource.load(tmp_path, ["BTC", "ETH"], 60, HOUR_S)
-
-
-def recorded() -> Path:
-    folder = Path(
-        os.environ.get("CONDOR_LITE_TEST_PRICES", Path(__file__).parents[2] / "shared" / "data" / "prices")
-    )
-    if not folder.is_dir():
-        reason = f"no recorded prices in {folder}: set CONDOR_LITE_TEST_PRICES to a folder that has them"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return folder
 
 
 def test_the_days_when_usdc_lost_its_peg() -> None:

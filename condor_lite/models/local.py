@@ -168,7 +168,7 @@ class LocalModel:
         self._set(LocalState.RUNNING, None)
         entries = [self._entry(process, "RUNNING")]
         self._announce([*entries, self._entry(old, "STOPPED")] if old else entries)
-        log.info("model_running", model_id=source.model_id, deployment_id=deployment_id, port=process.port)
+        log.debug("model_running", model_id=source.model_id, deployment_id=deployment_id, port=process.port)
         tasks.start_soon(self._watch, process, name=f"model {source.model_id}")
         if old:
             await old.stop()

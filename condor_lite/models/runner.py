@@ -137,6 +137,8 @@ class Connection(DynamicSubclassModelRunner):
             ("grpc.max_receive_message_length", self._max_reply_bytes + _REPLY_OVERHEAD_BYTES),
             ("grpc.max_send_message_length", -1),
         ]
+        if self.ip.startswith("127."):
+            self.grpc_options.append(("grpc.enable_http_proxy", 0))
 
     async def setup(self, grpc_channel: Any) -> tuple[bool, Any]:
         self.grpc_stub = DynamicSubclassServiceStub(grpc_channel)
