@@ -46,9 +46,9 @@ class Family:
     """`tail(y, a, b, upper)` is P(X <= y), or P(X > y) where `upper`; `crps` is None where quadrature has to
     do.
 
-    `breaks(a, b)` gives ascending points, shape (leaves, points), that enclose all of the distribution that
-    matters and between which it is smooth. `exponent` is the power with which a heavy tail falls (None:
-    faster than any).
+    `edges` are the places where it is not smooth. `breaks(a, b)` gives ascending points, shape (leaves,
+    points), that enclose all of the distribution that matters and between which it is smooth. `exponent` is
+    the power with which a heavy tail falls (None: faster than any).
     """
 
     name: str
@@ -58,6 +58,7 @@ class Family:
     crps: Callable[[Floats, Floats, Floats], Floats] | None
     shapes: tuple[Shape, ...] = ()
     exponent: OfShape | None = None
+    edges: tuple[float, ...] = ()
 
 
 def _fixed(*points: float) -> OfShape:
@@ -75,6 +76,16 @@ def _columns(*columns: Floats) -> Floats:
 def _below(y: Floats, edge: float = 0.0) -> Floats:
     """How far y lies below the support; CRPS grows by just that distance."""
     return np.maximum(edge - y, 0.0)
+
+
+def _half_step(a: Floats) -> Floats:
+    """Gamma(a + 1/2) / Gamma(a). scipy's `beta` and `poch` lose up to six digits where `a` is large; its
+    asymptotic series (DLMF 5.11.13) is exact from 40 on."""
+    i = 1.0 / np.maximum(a, 40.0)
+    series = -399.0 / 262144.0 + i * (869.0 / 4194304.0 + i * 39325.0 / 33554432.0)
+    series = i / 128.0 + i * i * (5.0 / 1024.0 + i * (-21.0 / 32768.0 + i * series))
+    large = np.sqrt(a) * (1.0 + i * (-1.0 / 8.0 + series))
+    return np.where(a > 40.0, large, SQRT_PI / special.beta(0.5, np.minimum(a, 40.0)))
 
 
 # --- on the whole line --------------------------------------------------------------------------------------
@@ -98,7 +109,7 @@ def _t_tail(y: Floats, a: Floats, b: Floats, upper: bool) -> Floats:
 
 def _t_pdf(y: Floats, a: Floats, b: Floats) -> Floats:
     return np.asarray(
-        np.exp(-0.5 * (a + 1.0) * np.log1p(y * y / a)) / (np.sqrt(a) * special.beta(0.5, 0.5 * a))
+        np.exp(-0.5 * (a + 1.0) * np.log1p(y * y / a)) * _half_step(0.5 * a) / np.sqrt(np.pi * a)
     )
 
 
@@ -108,7 +119,7 @@ def _t_closed(y: Floats, a: Floats, b: Floats) -> Floats:
     """
     y = np.abs(y)
     far = 1.0 - 2.0 * _t_tail(y, a, b, upper=True)
-    spread = 2.0 * np.sqrt(a) * special.beta(0.5, a - 0.5) / special.beta(0.5, 0.5 * a) ** 2
+    spread = 2.0 * np.sqrt(a / np.pi) * _half_step(0.5 * a) ** 2 / _half_step(a - 0.5)
     return np.asarray(y * far + (2.0 * (a + y * y) * _t_pdf(y, a, b) - spread) / (a - 1.0))
 
 
@@ -217,7 +228,7 @@ def _gamma_crps(y: Floats, a: Floats, b: Floats) -> Floats:
     inside = np.maximum(y, 0.0)
     below, one_up = special.gammainc(a, inside), special.gammainc(a + 1.0, inside)
     centred = (inside - a) * (2.0 * below - 1.0) + 2.0 * a * (below - one_up)
-    return np.asarray(centred - 1.0 / special.beta(0.5, a) + _below(y))
+    return np.asarray(centred - _half_step(a) / SQRT_PI + _below(y))
 
 
 def _gamma_breaks(a: Floats, b: Floats) -> Floats:
@@ -308,11 +319,18 @@ def _pareto_breaks(a: Floats, b: Floats) -> Floats:
     return _columns(np.ones_like(a), np.minimum(quantiles, 1e9), np.full_like(a, 1e9))
 
 
+def _incomplete_beta(a: Floats, b: Floats, z: Floats, rest: Floats, upper: bool) -> Floats:
+    """I_z(a, b), or its complement by symmetry; `rest` is 1 - z, which says nothing of a very small z."""
+    if not upper:
+        return np.asarray(special.betainc(a, b, z))
+    small = z < 1e-3
+    mirrored = special.betainc(np.where(small, a, b), np.where(small, b, a), np.where(small, z, rest))
+    return np.asarray(np.where(small, 1.0 - mirrored, mirrored))
+
+
 def _f_tail(y: Floats, a: Floats, b: Floats, upper: bool) -> Floats:
     scaled = a * np.maximum(y, 0.0)
-    if upper:
-        return np.asarray(special.betainc(0.5 * b, 0.5 * a, b / (scaled + b)))
-    return np.asarray(special.betainc(0.5 * a, 0.5 * b, scaled / (scaled + b)))
+    return _incomplete_beta(0.5 * a, 0.5 * b, scaled / (scaled + b), b / (scaled + b), upper)
 
 
 def _f_pdf(y: Floats, a: Floats, b: Floats) -> Floats:
@@ -349,7 +367,7 @@ def _uniform_crps(y: Floats, a: Floats, b: Floats) -> Floats:
 
 def _beta_tail(y: Floats, a: Floats, b: Floats, upper: bool) -> Floats:
     inside = np.clip(y, 0.0, 1.0)
-    return np.asarray(special.betainc(b, a, 1.0 - inside) if upper else special.betainc(a, b, inside))
+    return _incomplete_beta(a, b, inside, 1.0 - inside, upper)
 
 
 def _beta_pdf(y: Floats, a: Floats, b: Floats) -> Floats:
@@ -361,9 +379,10 @@ def _beta_pdf(y: Floats, a: Floats, b: Floats) -> Floats:
 def _beta_crps(y: Floats, a: Floats, b: Floats) -> Floats:
     inside, mean = np.clip(y, 0.0, 1.0), a / (a + b)
     below, one_up = special.betainc(a, b, inside), special.betainc(a + 1.0, b, inside)
-    spread = 2.0 / a * np.exp(special.betaln(2.0 * a, 2.0 * b) - 2.0 * special.betaln(a, b))
+    # E|X - X'| / 2 = mean * 2 B(2a, 2b) / (a B(a, b)^2), with the duplication formula applied three times.
+    spread = _half_step(a) * _half_step(b) / (SQRT_PI * (a + b) * _half_step(a + b))
     centred = (inside - mean) * (2.0 * below - 1.0) + 2.0 * mean * (below - one_up)
-    return np.asarray(centred - mean * spread + np.abs(y - inside))
+    return np.asarray(centred - spread + np.abs(y - inside))
 
 
 def _beta_breaks(a: Floats, b: Floats) -> Floats:
@@ -379,7 +398,7 @@ def _point_tail(y: Floats, a: Floats, b: Floats, upper: bool) -> Floats:
     return np.where((y >= 0.0) != upper, 1.0, 0.0)
 
 
-_HEAVY = (-30.0, -1.5, 1.5, 30.0)
+_HEAVY = (-1e3, -30.0, -1.5, 1.5, 30.0, 1e3)
 
 FAMILIES: tuple[Family, ...] = (
     Family("norm", _norm_tail, _norm_pdf, _fixed(-10.0, -4.5, -1.5, 0.0, 1.5, 4.5, 10.0), _norm_crps),
@@ -398,6 +417,7 @@ FAMILIES: tuple[Family, ...] = (
         _laplace_pdf,
         _fixed(-45.0, -12.0, -3.0, 0.0, 3.0, 12.0, 45.0),
         _laplace_crps,
+        edges=(0.0,),
     ),
     Family(
         "logistic",
@@ -407,14 +427,28 @@ FAMILIES: tuple[Family, ...] = (
         _logistic_crps,
     ),
     Family(
-        "lognorm", _lognorm_tail, _lognorm_pdf, _lognorm_breaks, _lognorm_crps, (Shape("s", highest=10.0),)
+        "lognorm",
+        _lognorm_tail,
+        _lognorm_pdf,
+        _lognorm_breaks,
+        _lognorm_crps,
+        (Shape("s", highest=10.0),),
+        edges=(0.0,),
     ),
-    Family("expon", _expon_tail, _expon_pdf, _fixed(0.0, 1.0, 4.0, 14.0, 45.0), _expon_crps),
-    Family("gamma", _gamma_tail, _gamma_pdf, _gamma_breaks, _gamma_crps, (Shape("a"),)),
-    Family("beta", _beta_tail, _beta_pdf, _beta_breaks, _beta_crps, (Shape("a"), Shape("b"))),
-    Family("uniform", _uniform_tail, _uniform_pdf, _fixed(0.0, 1.0), _uniform_crps),
+    Family("expon", _expon_tail, _expon_pdf, _fixed(0.0, 1.0, 4.0, 14.0, 45.0), _expon_crps, edges=(0.0,)),
+    Family("gamma", _gamma_tail, _gamma_pdf, _gamma_breaks, _gamma_crps, (Shape("a"),), edges=(0.0,)),
     Family(
-        "weibull_min", _weibull_tail, _weibull_pdf, _weibull_breaks, _weibull_crps, (Shape("c", lowest=0.05),)
+        "beta", _beta_tail, _beta_pdf, _beta_breaks, _beta_crps, (Shape("a"), Shape("b")), edges=(0.0, 1.0)
+    ),
+    Family("uniform", _uniform_tail, _uniform_pdf, _fixed(0.0, 1.0), _uniform_crps, edges=(0.0, 1.0)),
+    Family(
+        "weibull_min",
+        _weibull_tail,
+        _weibull_pdf,
+        _weibull_breaks,
+        _weibull_crps,
+        (Shape("c", lowest=0.05),),
+        edges=(0.0,),
     ),
     Family(
         "weibull_max",
@@ -423,6 +457,7 @@ FAMILIES: tuple[Family, ...] = (
         lambda a, b: -_weibull_breaks(a, b)[:, ::-1],
         lambda y, a, b: _weibull_crps(-y, a, b),
         (Shape("c", lowest=0.05),),
+        edges=(0.0,),
     ),
     Family(
         "pareto",
@@ -432,6 +467,7 @@ FAMILIES: tuple[Family, ...] = (
         _pareto_crps,
         (Shape("b", 0.5, "its CRPS is infinite otherwise"),),
         lambda a, b: a,
+        edges=(1.0,),
     ),
     Family(
         "rayleigh",
@@ -439,6 +475,7 @@ FAMILIES: tuple[Family, ...] = (
         lambda y, a, b: np.where(y >= 0.0, y * np.exp(-_half_square(y)), 0.0),
         _fixed(0.0, 0.05, 0.8, 2.0, 4.0, 10.0),
         _rayleigh_crps,
+        edges=(0.0,),
     ),
     Family(
         "chi",
@@ -447,6 +484,7 @@ FAMILIES: tuple[Family, ...] = (
         lambda a, b: np.sqrt(2.0 * _gamma_breaks(0.5 * a, b)),
         None,
         (Shape("df"),),
+        edges=(0.0,),
     ),
     Family(
         "chi2",
@@ -455,6 +493,7 @@ FAMILIES: tuple[Family, ...] = (
         lambda a, b: 2.0 * _gamma_breaks(0.5 * a, b),
         _chi2_crps,
         (Shape("df"),),
+        edges=(0.0,),
     ),
     Family(
         "f",
@@ -464,6 +503,7 @@ FAMILIES: tuple[Family, ...] = (
         None,
         (Shape("dfn"), Shape("dfd", 1.0, "its CRPS is infinite otherwise")),
         lambda a, b: 0.5 * b,
+        edges=(0.0,),
     ),
     Family(
         "cauchy",

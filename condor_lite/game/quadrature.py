@@ -57,7 +57,7 @@ WEIGHTS = np.concatenate([_KRONROD_WEIGHTS, _KRONROD_WEIGHTS[-2::-1]])
 _GAUSS = np.zeros(15)
 _GAUSS[1:8:2], _GAUSS[9::2] = _GAUSS_WEIGHTS, _GAUSS_WEIGHTS[-2::-1]
 
-TOLERANCE = 1e-9
+TOLERANCE = 1e-10
 MAX_HALVINGS = 48
 ROWS_AT_ONCE = 8192
 
@@ -135,14 +135,36 @@ class _Mixtures:
         return np.asarray(np.add.reduceat(y, starts, axis=0))
 
     def breaks(self) -> tuple[Ints, Floats]:
-        """Every leaf's break points: their segments and places u, unsorted."""
-        segments, places = [], []
+        """Where to cut for the leaves' sake: segments and places u, unsorted.
+
+        Leaves of about the same shape and place would say the same thing over and over: of the places in one
+        cell, as wide as they are spaced in their own leaf, only one is kept. Edges, where a leaf is not smooth,
+        are all kept.
+        """
+        segments, places, spacings, edges = [], [], [], []
         for code in self.present:
             members = np.flatnonzero(self.family == code)
+            offset, scale = self.offset[members, None], self.scale[members, None]
             points = FAMILIES[code].breaks(self.a[members], self.b[members])
-            places.append((self.offset[members, None] + self.scale[members, None] * points).ravel())
+            gaps = np.full((len(members), points.shape[1] + 1), np.inf)
+            gaps[:, 1:-1] = np.diff(points, axis=1)
+            gaps[gaps == 0.0] = np.inf
             segments.append(np.repeat(self.segment[members], points.shape[1]))
-        return np.concatenate(segments), np.concatenate(places)
+            places.append((offset + scale * points).ravel())
+            spacings.append((scale * np.minimum(gaps[:, 1:], gaps[:, :-1])).ravel())
+            sharp = np.array(FAMILIES[code].edges)
+            edges.append((np.repeat(self.segment[members], len(sharp)), (offset + scale * sharp).ravel()))
+        segment, place, spacing = np.concatenate(segments), np.concatenate(places), np.concatenate(spacings)
+        level = np.floor(np.log2(np.minimum(spacing, 1e30)))
+        cell = np.floor(place / np.exp2(level))
+        order = np.lexsort((cell, level, segment))
+        segment, level, cell = segment[order], level[order], cell[order]
+        first = np.ones(len(order), np.bool_)
+        first[1:] = (np.diff(segment) != 0) | (np.diff(level) != 0) | (np.diff(cell) != 0)
+        return (
+            np.concatenate([segment[first], *(where for where, _ in edges)]),
+            np.concatenate([place[order[first]], *(at for _, at in edges)]),
+        )
 
     def exponents(self) -> Floats:
         """How fast each leaf's tail falls; 0 where it is not a heavy one."""
@@ -160,8 +182,6 @@ def _portion(densities: Densities, x: Floats) -> Floats:
     n = densities.n
     exponent = mixtures.exponents()
     heavy = np.flatnonzero(exponent)
-    far = np.zeros(n)
-    np.maximum.at(far, mixtures.segment[heavy], 1e9 * (mixtures.scale + np.abs(mixtures.offset))[heavy])
     sigma = np.full(n, np.inf)
     np.minimum.at(sigma, mixtures.segment, mixtures.scale)
 
@@ -170,11 +190,13 @@ def _portion(densities: Densities, x: Floats) -> Floats:
     jump_place = densities.loc[jumps] - x[jump_segment]
 
     segments, places = mixtures.breaks()
+    far = np.zeros(n)
+    if len(heavy):
+        np.maximum.at(far, mixtures.segment[heavy], 1e9 * (mixtures.scale + np.abs(mixtures.offset))[heavy])
+        np.maximum.at(far, segments, np.where(far[segments] > 0.0, np.abs(places), 0.0))
     every = np.arange(n)
     segments = np.concatenate([segments, jump_segment, every, every, every])
     places = np.concatenate([places, jump_place, np.zeros(n), far, -far])
-    kept = np.abs(places) <= np.where(far > 0.0, far, np.inf)[segments]
-    segments, places = segments[kept], places[kept]
     order = np.lexsort((places, segments))
     segments, places = segments[order], places[order]
     same = (segments[1:] == segments[:-1]) & (places[1:] > places[:-1])
