@@ -96,8 +96,8 @@ def explain_round(conn: sqlite3.Connection, round_id: str) -> RoundExplanation:
 def explain(conn: sqlite3.Connection, config: Config, round_id: str, model_id: str) -> Explanation:
     """One model's score in one round. It takes up to `scoring.time_limit`: not for an event loop.
 
-    Raises NotExplained where the round is unknown or not scored (until then its answers are secret), or where the
-    model was not part of it.
+    Raises NotExplained where the round is unknown or not scored (until then its answers are secret), or where
+    the model was not part of it.
     """
     held, result = _scored_round(conn, round_id)
     assert held.round_no is not None

@@ -15,7 +15,7 @@ from condor_lite.errors import CondorError, QueryTimeout
 from condor_lite.game.entities import Leaderboard, Model
 from condor_lite.report.live import Live
 from condor_lite.report.ready import ReadyMade, make
-from condor_lite.report.replies import Reply, pack
+from condor_lite.report.replies import Reply, encode_rows, pack
 from condor_lite.storage import queries
 from condor_lite.storage.database import Readers
 
@@ -78,7 +78,7 @@ class Context:
         """A bare array of answers, one a row."""
 
         def work() -> Reply:
-            return pack([to_answer(row) for row in rows], max_age_s, headers=headers)
+            return pack(encode_rows(map(to_answer, rows)), max_age_s, headers=headers)
 
         return await self.in_thread(work) if len(rows) > _ROWS_ON_THE_LOOP else work()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -33,14 +34,10 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def encode(value: Any) -> bytes:
-    """JSON; a long list in portions, so that other threads get their turn in between."""
-    if not isinstance(value, list) or len(value) <= _ROWS_AT_ONCE:
-        return orjson.dumps(value)
-    portions = (
-        orjson.dumps(value[start : start + _ROWS_AT_ONCE])[1:-1]
-        for start in range(0, len(value), _ROWS_AT_ONCE)
-    )
+def encode_rows(rows: Iterable[object]) -> bytes:
+    """A JSON array, made in portions: other threads get their turn in between, and few rows live at once."""
+    rows = iter(rows)
+    portions = iter(lambda: orjson.dumps(list(islice(rows, _ROWS_AT_ONCE)))[1:-1], b"")
     return b"[" + b",".join(portions) + b"]"
 
 
@@ -53,7 +50,7 @@ def pack(
     headers: Mapping[str, str] | None = None,
 ) -> Reply:
     """`value`: anything JSON can hold, dataclasses included, or bytes that are the body already."""
-    body = value if isinstance(value, bytes) else encode(value)
+    body = value if isinstance(value, bytes) else orjson.dumps(value)
     zipped = None
     if len(body) >= _ZIP_FROM_BYTES:
         zipped = gzip.compress(body, compresslevel=_ZIP_LEVEL, mtime=0)
