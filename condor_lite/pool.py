@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -137,7 +138,7 @@ class ScoringPool:
         self._fruitless = 0
         # Processes are started and ended in one thread: it takes milliseconds that the event loop does not
         # have, and a worker ends with the thread that started it (PR_SET_PDEATHSIG).
-        self._thread = ThreadPoolExecutor(1, "scoring-pool")
+        self._thread = ThreadPoolExecutor(1, "scoring-pool", initializer=_keep_from_ctrl_c)
 
     async def __aenter__(self) -> Self:
         try:
@@ -343,6 +344,11 @@ class ScoringPool:
         crew, self._crew = self._crew, None
         if crew is not None:
             crew.dismiss()
+
+
+def _keep_from_ctrl_c() -> None:
+    """Processes inherit this thread's signal mask: none gets a Ctrl-C before it has learned to ignore it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _cost_bytes(item: ValidationItem | ScoringItem) -> int:

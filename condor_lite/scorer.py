@@ -36,6 +36,7 @@ _Answers = tuple[Round, dict[int, bytes]]  # a round and its payloads by `model_
 
 _PAGE = 256  # rounds looked at together
 _GROUP_BYTES = 16 * 2**20  # payloads held at a time
+_ANSWER_BYTES = 4096  # what an answer counts as besides its payload: small ones are work, too
 _TRIES = 5
 _RETRY_FIRST_S = 10.0  # on the wall; doubled with each try
 _PRUNED_ROWS = 500  # a step: a few milliseconds of the writer
@@ -218,7 +219,8 @@ class Scorer:
             while ready:
                 group, ready = await self._with_payloads(ready)
                 await self._score(group, done)
-            if now_s - self._published_s >= scoring.interval_s * self._clock.speed:
+            pause_s = scoring.interval_s * self._clock.speed
+            if len(found) == limit and now_s - self._published_s >= pause_s:
                 await self._publish(changed=True)  # a long backlog shows as it shrinks
 
         # What is left of the rounds that are due already stands before those that are not.
@@ -325,7 +327,7 @@ class Scorer:
             with self._blaming(round_):
                 payloads = await self._db.read(repositories.payloads, _no(round_))
                 group.append((round_, payloads))
-                size += sum(map(len, payloads.values()))
+                size += sum(_ANSWER_BYTES + len(payload) for payload in payloads.values())
         return group, []
 
     # Rounds in trouble

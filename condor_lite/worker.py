@@ -79,7 +79,7 @@ class _TimeOver(BaseException):
     """Not an Exception, so that a rule's own `except Exception` does not swallow it."""
 
 
-class _Failed(Exception):  # noqa: N818
+class _Failed(Exception):
     """One item's failure; the message is the reason that its participant reads."""
 
 
