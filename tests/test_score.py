@@ -253,7 +253,7 @@ async def test_scoring_again_changes_nothing(tmp_path: Path) -> None:
         assert await game.rows("SELECT count(*), count(DISTINCT scorer_version) FROM scorer") == [(1, 1)]
 
 
-@pytest.mark.parametrize("stage", ["score_round", "_store", "realise"])
+@pytest.mark.parametrize("stage", ["score_round", "_store"])
 async def test_a_cycle_that_is_cut_off_leaves_whole_rounds(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
