@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,20 +76,21 @@ def find_answers(
     rows = conn.execute(
         """
         WITH part AS (
-            SELECT model_no, status, detail, received_at_ms, exec_time_us FROM prediction WHERE round_no = ?1
+            SELECT model_no, status, detail, received_at_ms, exec_time_us
+            FROM prediction WHERE round_no = :round
             UNION ALL
-            SELECT value, 'ABSENT', NULL, NULL, NULL FROM json_each(?2)
+            SELECT value, 'ABSENT', NULL, NULL, NULL FROM json_each(:absent)
         )
         SELECT model_id, model_name, status, detail, received_at_ms, exec_time_us, raw, counted, score,
-               CASE WHEN ?4 IS NULL THEN NULL ELSE body END
+               CASE WHEN :model IS NULL THEN NULL ELSE body END
         FROM part JOIN model USING (model_no)
         LEFT JOIN score
-            ON score.round_no = ?1 AND score.scorer_version = ?3 AND score.model_no = model.model_no
-        LEFT JOIN payload ON payload.round_no = ?1 AND payload.model_no = model.model_no
-        WHERE ?4 IS NULL OR model_id = ?4
+            ON score.round_no = :round AND score.scorer_version = :scorer AND score.model_no = model.model_no
+        LEFT JOIN payload ON payload.round_no = :round AND payload.model_no = model.model_no
+        WHERE :model IS NULL OR model_id = :model
         ORDER BY score DESC NULLS LAST, model_id
         """,
-        (round_no, json.dumps(json.loads(absent)), scorer_version, model_id),
+        {"round": round_no, "absent": absent, "scorer": scorer_version, "model": model_id},
     )
     return [_answer(row) for row in rows]
 

@@ -228,18 +228,18 @@ async def round_answers(readers: Readers, round_no: int) -> list[sqlite3.Row]:
         f"""
         WITH asked AS (
             SELECT round_no, model_no, status, detail, received_at_ms, exec_time_us FROM prediction
-            WHERE round_no = ?1
+            WHERE round_no = ?
             UNION ALL
             SELECT round_no, absent.value, 'ABSENT', NULL, NULL, NULL
-            FROM round, json_each(round.absent_models) absent WHERE round_no = ?1
+            FROM round, json_each(round.absent_models) absent WHERE round_no = ?
         )
         SELECT m.model_id, m.model_name, p.status AS answer_status, p.detail, p.received_at_ms,
                p.exec_time_us, s.raw, s.score
         FROM asked p CROSS JOIN model m ON m.model_no = p.model_no
         CROSS JOIN round r ON r.round_no = p.round_no {_RESULT}
-        ORDER BY s.score DESC NULLS LAST, p.status = 'SUCCESS' DESC, m.model_id LIMIT ?2
+        ORDER BY s.score DESC NULLS LAST, p.status = 'SUCCESS' DESC, m.model_id LIMIT ?
         """,  # noqa: S608 - only constants
-        (round_no, MOST_ANSWERS),
+        (round_no, round_no, MOST_ANSWERS),
     )
 
 
@@ -259,7 +259,7 @@ async def feed_tail(readers: Readers, asset: str, source: str | None, limit: int
     return await readers.fetch(
         """
         SELECT asset, ts_s, price, source, ingested_at_ms FROM price
-        WHERE asset = ?1 AND (?2 IS NULL OR source = ?2) ORDER BY ts_s DESC LIMIT ?3
+        WHERE asset = ? AND source = coalesce(?, source) ORDER BY ts_s DESC LIMIT ?
         """,
         (asset, source, limit),
     )
@@ -275,15 +275,15 @@ async def statistics(readers: Readers, since_s: float) -> sqlite3.Row:
         )
         SELECT (SELECT count(*) FROM running)
                    + coalesce(sum(answered) FILTER (WHERE status != 'open'), 0) AS predictions,
-               (SELECT count(*) FROM running WHERE scheduled_at_s > ?1)
-                   + coalesce(sum(answered) FILTER (WHERE status != 'open' AND scheduled_at_s > ?1), 0)
+               (SELECT count(*) FROM running WHERE scheduled_at_s > ?)
+                   + coalesce(sum(answered) FILTER (WHERE status != 'open' AND scheduled_at_s > ?), 0)
                    AS recent_predictions,
                count(*) AS rounds,
                count(*) FILTER (WHERE status = 'scored') AS scored_rounds,
-               count(*) FILTER (WHERE scheduled_at_s > ?1) AS recent_rounds
+               count(*) FILTER (WHERE scheduled_at_s > ?) AS recent_rounds
         FROM round
         """,
-        (since_s,),
+        (since_s, since_s, since_s),
     )
     return row
 
