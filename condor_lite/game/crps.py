@@ -65,17 +65,21 @@ def _mean_distance(distance: Floats, deviation: Floats) -> Floats:
     )
 
 
+def _sum(values: Floats) -> Floats:
+    """Row sums, from left to right: the order that `sum` adds in depends on how many rows there are."""
+    return np.asarray(np.cumsum(values, axis=1)[:, -1])
+
+
 def _of_normals(densities: Densities, leaf: Ints, x: Floats) -> Floats:
     """E|X - x| - E|X - X'|/2 over pairs of components (Grimit et al. 2006); `leaf`: shape (segments,
     components).
     """
     loc, scale, weight = densities.loc[leaf], densities.scale[leaf], densities.weight[leaf]
-    value = (weight * _mean_distance(x[:, None] - loc, scale)).sum(axis=1)
-    value -= (weight * weight * scale).sum(axis=1) / SQRT_PI
+    value = _sum(weight * _mean_distance(x[:, None] - loc, scale))
+    value -= _sum(weight * weight * scale) / SQRT_PI
     i, j = np.triu_indices(leaf.shape[1], 1)
     apart = _mean_distance(loc[:, i] - loc[:, j], np.sqrt(scale[:, i] ** 2 + scale[:, j] ** 2))
-    value -= (weight[:, i] * weight[:, j] * apart).sum(axis=1)
-    return np.asarray(value)
+    return value - _sum(weight[:, i] * weight[:, j] * apart)
 
 
 def _of_points(densities: Densities, leaf: Ints, x: Floats) -> Floats:
@@ -90,4 +94,4 @@ def _of_points(densities: Densities, leaf: Ints, x: Floats) -> Floats:
     below = np.cumsum(weight, axis=1)[:, :-1]
     above = np.cumsum(weight[:, ::-1], axis=1)[:, ::-1][:, 1:]
     tail = np.where(places[:, :-1] >= x[:, None], above, below)
-    return np.asarray((np.diff(places, axis=1) * tail * tail).sum(axis=1))
+    return _sum(np.diff(places, axis=1) * tail * tail)

@@ -56,7 +56,7 @@ def _parse(payload: bytes) -> Any:
         raise InvalidAnswer(f"not JSON: {error}") from None
 
 
-# --- the fast way: normal distributions and their mixtures --------------------------------------------------
+# --- the fast way: normal distributions and their mixtures ----------
 
 
 class _Params(msgspec.Struct, forbid_unknown_fields=True, gc=False):

@@ -88,7 +88,7 @@ def _half_step(a: Floats) -> Floats:
     return np.where(a > 40.0, large, SQRT_PI / special.beta(0.5, np.minimum(a, 40.0)))
 
 
-# --- on the whole line --------------------------------------------------------------------------------------
+# --- on the whole line ----------
 
 
 def _norm_tail(y: Floats, a: Floats, b: Floats, upper: bool) -> Floats:
@@ -184,7 +184,7 @@ def _cauchy_crps(y: Floats, a: Floats, b: Floats) -> Floats:
     return np.asarray(2.0 / np.pi * (y * np.arctan(y) + np.log(2.0) - np.log(np.hypot(1.0, y))))
 
 
-# --- on the positive half-line ------------------------------------------------------------------------------
+# --- on the positive half-line ----------
 
 
 def _lognorm_tail(y: Floats, a: Floats, b: Floats, upper: bool) -> Floats:
@@ -349,7 +349,7 @@ def _f_breaks(a: Floats, b: Floats) -> Floats:
     return _columns(np.zeros_like(a), low, high, np.maximum(1e9, 1e9 * b / a))
 
 
-# --- on an interval -----------------------------------------------------------------------------------------
+# --- on an interval ----------
 
 
 def _uniform_tail(y: Floats, a: Floats, b: Floats, upper: bool) -> Floats:
@@ -391,7 +391,7 @@ def _beta_breaks(a: Floats, b: Floats) -> Floats:
     return _columns(np.zeros_like(a), quantiles, upper, np.ones_like(a))
 
 
-# --- a point ------------------------------------------------------------------------------------------------
+# --- a point ----------
 
 
 def _point_tail(y: Floats, a: Floats, b: Floats, upper: bool) -> Floats:

@@ -137,9 +137,8 @@ class _Mixtures:
     def breaks(self) -> tuple[Ints, Floats]:
         """Where to cut for the leaves' sake: segments and places u, unsorted.
 
-        Leaves of about the same shape and place would say the same thing over and over: of the places in one
-        cell, as wide as they are spaced in their own leaf, only one is kept. Edges, where a leaf is not smooth,
-        are all kept.
+        Leaves of about the same shape and place would all say the same: of the places in one cell, as wide as
+        they are spaced in their own leaf, only one is kept. Edges, where a leaf is not smooth, are all kept.
         """
         segments, places, spacings, edges = [], [], [], []
         for code in self.present:
@@ -246,9 +245,10 @@ def _integrate(mixtures: _Mixtures, pieces: _Pieces, sigma: Floats) -> Floats:
         u = np.sinh(v) * sigma[pieces.segment, None]
         tail = mixtures.tail(pieces.segment, u, pieces.upper) + pieces.base[:, None]
         integrand = tail * tail * np.cosh(v) * (half * sigma[pieces.segment])[:, None]
-        integral = integrand @ WEIGHTS
-        difference = np.abs(integral - integrand @ _GAUSS)
-        roughness = np.abs(integrand - 0.5 * integral[:, None]) @ WEIGHTS
+        # Row by row, not as a matrix product, whose last bits depend on what else is in the batch.
+        integral = (integrand * WEIGHTS).sum(axis=1)
+        difference = np.abs(integral - (integrand * _GAUSS).sum(axis=1))
+        roughness = (np.abs(integrand - 0.5 * integral[:, None]) * WEIGHTS).sum(axis=1)
         ratio = np.divide(200.0 * difference, roughness, out=np.zeros_like(integral), where=roughness > 0.0)
         error = roughness * np.minimum(1.0, ratio * np.sqrt(ratio))
         so_far = total + np.bincount(pieces.segment, integral, mixtures.n)
