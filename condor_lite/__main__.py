@@ -1,4 +1,4 @@
-"""`python -m condor_lite`. The scoring workers import this module too, so it imports nothing heavy by itself."""
+"""`python -m condor_lite`. The scoring workers import this module too, so it imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The game's time: the wall's, a scaled one for simulated feeds, or a stepped one for tests.
 
-Only this module reads a clock. Game times are epoch seconds UTC. Network time-outs and back-offs do not belong
-here: they run on the wall's time, whatever the game's clock does.
+Only this module reads a clock. Game times are epoch seconds UTC. Network time-outs and back-offs do not
+belong here: they run on the wall's time, whatever the game's clock does.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class GameClock:
         return self._start_s + (time.monotonic() - self._origin_s) * self.speed
 
     async def sleep_until(self, at_s: float) -> None:
-        while (left_s := at_s - self.now()) > 0:
+        while (left_s := at_s - self.now()) > 0:  # noqa: ASYNC110 - a clock has no event
             await asyncio.sleep(left_s / self.speed)
 
     def wall_s(self, game_s: float) -> float:
@@ -69,8 +69,9 @@ class GameClock:
 class SteppedClock:
     """Jumps from one deadline to the next as soon as nobody holds it. `run_until` drives it.
 
-    Work that must be finished before time moves on (a call to a model, a batch in the pool, a write) runs under
-    `hold()`, so a simulated week takes as long as its work and gives the same rounds on every machine.
+    Work that must be finished before time moves on (a call to a model, a batch in the pool, a write) runs
+    under `hold()`, so a simulated week takes as long as its work and gives the same rounds on every
+    machine.
     """
 
     _PASSES = 25  # turns of the event loop without a hold after which everybody is taken to be asleep

@@ -138,7 +138,7 @@ class ScoringPool:
         self._fruitless = 0
         # Processes are started and ended in one thread: it takes milliseconds that the event loop does not
         # have, and a worker ends with the thread that started it (PR_SET_PDEATHSIG).
-        self._thread = ThreadPoolExecutor(1, "scoring-pool", initializer=_keep_from_ctrl_c)
+        self._thread = ThreadPoolExecutor(1, "scoring-pool", initializer=_keep_from_stopping)
 
     async def __aenter__(self) -> Self:
         try:
@@ -346,9 +346,9 @@ class ScoringPool:
             crew.dismiss()
 
 
-def _keep_from_ctrl_c() -> None:
-    """Processes inherit this thread's signal mask: none gets a Ctrl-C before it has learned to ignore it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _keep_from_stopping() -> None:
+    """Processes inherit this thread's signal mask: none is stopped before it has learned to ignore that."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def _cost_bytes(item: ValidationItem | ScoringItem) -> int:

@@ -87,6 +87,7 @@ class Scorer:
         self._models: list[Model] = []
         self._troubles: dict[int, _Trouble] = {}
         self._leaderboard: Leaderboard | None = None
+        self._leader: int | None = None
         self._shown: object = None
         self._published_s = -math.inf
         self._snapshot: float | None = None
@@ -104,7 +105,8 @@ class Scorer:
             self._sums = None  # a round may be stored and not yet added
             raise
         if done:
-            log.info("scores", **done, leader=self._leader())
+            log.debug("scores", **done)
+            self._tell_leader()
         await self._prune()
         now_s, every_s = self._clock.now(), self._config.scoring.snapshot_interval_s
         return min(pending_s, (now_s // HOUR_S + 1) * HOUR_S, (now_s // every_s + 1) * every_s)
@@ -137,14 +139,20 @@ class Scorer:
             self._config.game.settings, self._info, scorer_version=self._version, benchmark=benchmark
         )
         since_s = window_start_s(Window.ANCHOR, now_s)
-        rows = await self._db.read(scores.load_window_rows, self._version, since_s)
-        columns = {name: rows[name] for name in WindowRows.__slots__}
-        await asyncio.to_thread(sums.load, WindowRows(**columns))
+        while since_s <= now_s:  # by the day: a week of a large game is millions of rows
+            until_s = since_s + 24 * HOUR_S
+            rows = await self._db.read(scores.load_window_rows, self._version, since_s, until_s)
+            columns = {name: rows[name] for name in WindowRows.__slots__}
+            await asyncio.to_thread(sums.load, WindowRows(**columns))
+            since_s = until_s
         return sums
 
-    def _leader(self) -> str | None:
+    def _tell_leader(self) -> None:
         standings = self._leaderboard.standings if self._leaderboard else ()
-        return next((one.model.info.model_name for one in standings if one.rank == 1), None)
+        first = next((standing for standing in standings if standing.rank == 1), None)
+        if first is not None and first.model.model_no != self._leader:
+            self._leader = first.model.model_no
+            log.info("leader", model=first.model.info.model_name, score=_rounded(first.overall.anchor))
 
     # Checking answers
 
@@ -369,6 +377,10 @@ class Scorer:
 def _no(round_: Round) -> int:
     assert round_.round_no is not None, "a stored round has a number"
     return round_.round_no
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None else round(score, 2)
 
 
 def _by_round(group: Sequence[_Answers], reasons: Mapping[int, str]) -> list[dict[int, str]]:

@@ -186,7 +186,8 @@ def enter(
 ) -> None:
     """The pool's initializer. A rule that can't be loaded is told by `problem()`: an error here says less."""
     global _worker, _problem
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and a service manager may tell everybody
+        signal.signal(number, signal.SIG_IGN)
     _end_with(parent_pid)
     os.nice(_POLITENESS)
     _worker = Worker(notes, rules, time_limit_s, memory_mb)

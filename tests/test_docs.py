@@ -7,6 +7,7 @@ from pathlib import Path
 
 from condor_lite import __version__, cli
 from condor_lite import config as configuration
+from condor_lite.report.api import ENDPOINTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,3 +27,9 @@ def test_every_verb_is_in_the_readme_and_the_other_way_round() -> None:
 def test_the_changelog_knows_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert "## Unreleased" in changelog or f"## {__version__}" in changelog
+
+
+def test_every_endpoint_is_in_the_readme_and_the_other_way_round() -> None:
+    table = README.split("## HTTP API")[1].split("\n## ")[0]
+    listed = {path.split("?")[0] for path in re.findall(r"`(/[^`]+)`", table)}
+    assert listed == {endpoint.path.replace(":path", "") for endpoint in ENDPOINTS}

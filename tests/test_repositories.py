@@ -434,7 +434,7 @@ def test_the_window_rows_are_the_scores_of_one_version(conn: sqlite3.Connection)
     new = scores.current_scorer(conn, "crps", "log_return", "f2", NOON_S)
     scores.save_round_scores(conn, rounds[0], new, scored(1.0), 6, 5)
 
-    rows = scores.load_window_rows(conn, old, NOON_S + 120)
+    rows = scores.load_window_rows(conn, old, NOON_S + 120, 2**40)
     assert rows.dtype == scores.WINDOW_ROW
     assert rows["round_no"].tolist() == [rounds[2], rounds[2], rounds[0], rounds[0]]
     assert rows["model_no"].tolist() == [a, b, a, b]
@@ -445,8 +445,8 @@ def test_the_window_rows_are_the_scores_of_one_version(conn: sqlite3.Connection)
     assert rows["counted"].tolist() == [1.5, 3.0, 1.5, 3.0]
     first = rows[0]
     assert (first["horizon_s"], first["step_s"], first["median"], first["no_move"]) == (60, 10, 2.0, 4.0)
-    assert len(scores.load_window_rows(conn, new, 0)) == 1
-    assert len(scores.load_window_rows(conn, new + 1, 0)) == 0
+    assert len(scores.load_window_rows(conn, new, 0, 2**40)) == 1
+    assert len(scores.load_window_rows(conn, new + 1, 0, 2**40)) == 0
 
 
 # The leaderboard
@@ -599,7 +599,7 @@ def test_no_query_of_the_loops_reads_a_whole_table(conn: sqlite3.Connection) -> 
     scores.rounds_to_settle(conn, 1e12, 10)
     scores.counted_models(conn, held.round_no)
     scores.save_round_scores(conn, held.round_no, 1, scored(1.0, 2.0), 6, 5)
-    scores.load_window_rows(conn, 1, NOON_S + 3600)
+    scores.load_window_rows(conn, 1, NOON_S + 3600, 2**40)
     repositories.void_interrupted(conn, "stopped")
     repositories.load_clock(conn)
     repositories.load_prices(conn, "BTC", 0, 1)

@@ -87,8 +87,8 @@ def check_by_hand(path: Path) -> None:
     """A stored score equals the CRPS integral of the stored answer over the stored prices."""
     with closing(open_read_only(path)) as db:
         body, raw, asset, at_s, step_s, horizon_s = db.execute(
-            "SELECT body, raw, asset, scheduled_at_s, step_s, horizon_s FROM score JOIN model USING (model_no)"
-            " JOIN payload USING (round_no, model_no) JOIN round USING (round_no)"
+            "SELECT body, raw, asset, scheduled_at_s, step_s, horizon_s FROM score"
+            " JOIN model USING (model_no) JOIN payload USING (round_no, model_no) JOIN round USING (round_no)"
             " WHERE model_id = 'student_t' ORDER BY round_no LIMIT 1"
         ).fetchone()
         prices = [price_at(db, asset, at_s + k * step_s) for k in range(horizon_s // step_s + 1)]
@@ -115,9 +115,7 @@ def price_at(db: sqlite3.Connection, asset: str, at_s: int) -> float:
 def show(leaderboard: Leaderboard) -> None:
     print()
     for standing in leaderboard.standings:
-        by_setting = "  ".join(
-            f"{key} {scores.anchor:8.3f}" for key, scores in standing.by_setting.items()
-        )
+        by_setting = "  ".join(f"{key} {scores.anchor:8.3f}" for key, scores in standing.by_setting.items())
         print(f"{standing.rank or '-':>2} {standing.model.info.model_name:<20} {by_setting}")
 
 

@@ -136,16 +136,19 @@ def save_round_scores(
     return True
 
 
-def load_window_rows(conn: sqlite3.Connection, scorer_version: int, since_s: float) -> npt.NDArray[np.void]:
-    """All scores of the rounds with `resolvable_at >= since_s`, by time: a structured array of WINDOW_ROW."""
+def load_window_rows(
+    conn: sqlite3.Connection, scorer_version: int, since_s: float, until_s: float
+) -> npt.NDArray[np.void]:
+    """All scores of the rounds with `since_s <= resolvable_at < until_s`, by time: an array of WINDOW_ROW."""
     return np.fromiter(
         conn.execute(
             "SELECT asset, horizon_s, step_s, resolvable_at_s, scheduled_at_s, round.round_no, no_move, "
             "median, model_no, raw, counted FROM round CROSS JOIN round_score USING (round_no) "
             "CROSS JOIN score USING (round_no, scorer_version) "
-            "WHERE round.status = 'scored' AND resolvable_at_s >= ? AND scorer_version = ? "
+            "WHERE round.status = 'scored' AND resolvable_at_s >= ? AND resolvable_at_s < ? "
+            "AND scorer_version = ? "
             "ORDER BY resolvable_at_s, round.round_no, model_no",
-            (since_s, scorer_version),
+            (since_s, until_s, scorer_version),
         ),
         dtype=WINDOW_ROW,
     )

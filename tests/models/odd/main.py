@@ -41,7 +41,7 @@ class Odd(TrackerBase):
 
     def shouts(self, times):
         for i in range(times):
-            print(f"line {i} " + "x" * 100)  # noqa: T201
+            print(f"line {i} " + "x" * 100)
         os.write(2, b"and C code too\n")
 
     def start_child(self):
