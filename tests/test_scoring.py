@@ -74,16 +74,23 @@ def by_quadrature(leaves: list[Leaf], x: float) -> float:
         return float(quadrature.crps(build(leaves), np.array([x]))[0])
 
 
-def tails(leaf: Leaf) -> tuple[Callable[[float], float], Callable[[float], float], list[float]]:
-    """cdf, sf and the places to cut at, from scipy."""
+def law_of(leaf: Leaf) -> Any:
     _, name, loc, scale, *shapes = leaf
+    return getattr(stats, name)(*shapes, loc=loc, scale=scale)
+
+
+def tails(leaf: Leaf) -> tuple[Callable[[float], float], Callable[[float], float], list[float]]:
+    """cdf, sf and the places to cut at, from scipy; a heavy tail is left to the integral to infinity."""
+    _, name, loc, scale, *_ = leaf
     if name == "point":
         return (lambda z: float(z >= loc)), (lambda z: float(z < loc)), [loc]
-    law = getattr(stats, name)(*shapes, loc=loc, scale=scale)
+    law = law_of(leaf)
     levels = np.array([1e-12, 1e-6, 1e-3, 0.05, 0.3, 0.7, 0.95])
     deep = np.array([1e-3, 1e-6, 1e-12, 1e-25])
-    places = np.concatenate([law.ppf(levels), law.isf(deep), law.ppf(deep), law.support()])
-    return law.cdf, law.sf, [float(place) for place in places if abs(place) < 1e150]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy may not find the deepest quantiles
+        places = np.concatenate([law.ppf(levels), law.isf(deep), law.ppf(deep), law.support()])
+    return law.cdf, law.sf, [float(place) for place in places if abs(place - loc) <= 1e4 * scale]
 
 
 def reference(leaves: list[Leaf], x: float) -> float:
@@ -127,8 +134,7 @@ def any_leaf(draw: st.DrawFn, names: list[str], spread: float = 1.0) -> Leaf:
 
 
 def place_in(leaf: Leaf, level: float) -> float:
-    _, name, loc, scale, *shapes = leaf
-    return loc if name == "point" else float(getattr(stats, name)(*shapes, loc=loc, scale=scale).ppf(level))
+    return leaf[2] if leaf[1] == "point" else float(law_of(leaf).ppf(level))
 
 
 # --- known answers ----------

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any, NoReturn
 
 import numpy as np
 
 from condor_lite.errors import InvalidAnswer
 from condor_lite.game.entities import Setting
-from condor_lite.game.families import BY_NAME, NORM, POINT, Floats
+from condor_lite.game.families import BY_NAME, NORM, POINT
 from condor_lite.game.mixture import Densities
 
 ENVELOPE_BYTES = 16 * 1024
@@ -39,7 +40,15 @@ class Limits:
         return max(self.max_segment_bytes // 2, 2)
 
 
-_NUMERAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+# Python's own floats would also read "nan", "1_0", " 1" and digits of other scripts.
+_NUMERAL = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_ONE_NUMERAL = re.compile(_NUMERAL)
+_NUMERALS = re.compile(f"{_NUMERAL}(?:,{_NUMERAL})*")
+
+_PARAMETERS = {
+    name: frozenset({"loc", "scale", *(shape.name for shape in family.shapes)})
+    for name, (_, family) in BY_NAME.items()
+}
 
 
 class _FaultError(Exception):
@@ -76,15 +85,17 @@ def _field(record: Mapping[str, Any], name: str, kind: type, called: str) -> Any
     return record[name]
 
 
-def _shares(weights: Floats, field: str) -> Floats:
-    """Normalised to 1, dividing by the largest first so that the sum can't overflow."""
-    if weights.min() < 0.0:
-        _fail(f"{field} must be >= 0")
-    if weights.max() <= 0.0:
+def _shares(weights: list[float], field: str) -> list[float]:
+    """Normalised to 1, dividing by the largest first so that the sum can't overflow.
+
+    The sum goes from left to right, as `decode` sums the weights of normals: the same answer, the same bits.
+    """
+    largest = max(weights)
+    if largest <= 0.0:
         _fail(f"{field} must sum to more than 0")
-    weights = weights / weights.max()
-    # Summed as the fast way sums them, so that both give the same bits.
-    return np.asarray(weights / np.add.reduceat(weights, [0]))
+    ratios = [weight / largest for weight in weights]
+    *_, total = accumulate(ratios)
+    return [ratio / total for ratio in ratios]
 
 
 class Reader:
@@ -96,6 +107,7 @@ class Reader:
         self.rule = rule
         self.unit = scale_unit
         self.rows: list[tuple[int, int, float, float, float, float, float]] = []
+        self.points: list[tuple[int, float, list[float], list[float]]] = []
         self.components = 0
 
     def read(self, answer: Any) -> Densities:
@@ -110,11 +122,25 @@ class Reader:
                 self._segment(k, item)
             except _FaultError as fault:
                 raise InvalidAnswer(f"segment {k + 1}: {fault}") from None
-        table = np.array(self.rows)
+        return self._gathered(len(answer))
+
+    def _gathered(self, n: int) -> Densities:
+        table = np.array(self.rows, np.float64).reshape(-1, 7)
+        if self.points:
+            counts = [len(places) for *_, places in self.points]
+            points = np.zeros((sum(counts), 7))
+            points[:, 0] = np.repeat([k for k, *_ in self.points], counts)
+            points[:, 1] = POINT
+            points[:, 2] = list(chain.from_iterable(shares for _, _, shares, _ in self.points))
+            points[:, 2] *= np.repeat([share for _, share, *_ in self.points], counts)
+            points[:, 3] = list(chain.from_iterable(places for *_, places in self.points))
+            points[:, 4] = 1.0
+            table = np.concatenate([table, points])
+        # By segment, without the weights of 0.
+        table = table[np.argsort(table[:, 0], kind="stable")]
+        table = table[table[:, 2] > 0.0]
         segment, family = table[:, 0].astype(np.intp), table[:, 1].astype(np.uint8)
-        columns = (np.ascontiguousarray(table[:, i]) for i in range(2, 7))
-        densities = Densities(len(answer), segment, family, *columns)
-        return densities.leaves(np.flatnonzero(densities.weight))
+        return Densities(n, segment, family, *(np.ascontiguousarray(table[:, i]) for i in range(2, 7)))
 
     def _segment(self, k: int, item: Any) -> None:
         if type(item) is not dict:
@@ -162,20 +188,21 @@ class Reader:
             _fail("components must not be empty")
         if len(components) > self.limits.max_components:
             _fail(f"{len(components)} components; at most {self.limits.max_components} are allowed")
-        weights = np.empty(len(components))
+        weights = []
         for i, component in enumerate(components):
             if type(component) is not dict:
                 _fail(f"component {i + 1}: must be an object with density and weight")
             if "weight" not in component:
                 _fail(f"component {i + 1}: weight is missing")
-            weights[i] = _number(component["weight"], f"component {i + 1}: weight")
-            if weights[i] < 0.0:
+            weight = _number(component["weight"], f"component {i + 1}: weight")
+            if weight < 0.0:
                 _fail(f"component {i + 1}: weight must be >= 0")
+            weights.append(weight)
         shares = _shares(weights, "the weights of components")
         for i, component in enumerate(components):
             try:
                 inner = _field(component, "density", dict, "an object")
-                self._density(k, inner, share * float(shares[i]), depth + 1)
+                self._density(k, inner, share * shares[i], depth + 1)
             except _FaultError as fault:
                 raise _FaultError(f"component {i + 1}: {fault}") from None
 
@@ -194,10 +221,9 @@ class Reader:
                 _fail(f"{shape.name} must be > {shape.above:g}" + (f": {shape.why}" if shape.why else ""))
             if not shape.lowest <= value <= shape.highest:
                 _fail(f"{shape.name} must be between {shape.lowest:g} and {shape.highest:g}")
-        allowed = {"loc", "scale", *(shape.name for shape in family.shapes)}
-        if not params.keys() <= allowed:
-            extra = next(key for key in params if key not in allowed)
-            _fail(f"unknown parameter {_quoted(extra)}; {name} has {', '.join(sorted(allowed))}")
+        if not params.keys() <= _PARAMETERS[name]:
+            extra = next(key for key in params if key not in _PARAMETERS[name])
+            _fail(f"unknown parameter {_quoted(extra)}; {name} has {', '.join(sorted(_PARAMETERS[name]))}")
         self._add(k, code, share, params, ("loc", "scale"), (a_and_b[0], a_and_b[1]))
 
     def _statistics(self, k: int, density: dict[str, Any], share: float) -> None:
@@ -258,42 +284,42 @@ class Reader:
         )
         if len(values) != len(weights):
             _fail(f"{len(values)} values but {len(weights)} weights")
-        self._discrete(k, self._array(values, "values"), weights, share)
+        self._discrete(k, self._numbers(values, "values"), weights, share)
 
-    def _discrete(self, k: int, places: Floats, weights: list[Any], share: float) -> None:
+    def _discrete(self, k: int, places: list[float], weights: list[Any], share: float) -> None:
         if self.rule == "likelihood":
             _fail("a discrete distribution has no likelihood")
         if not weights:
             _fail("a discrete distribution needs at least one point")
         if len(weights) > self.limits.max_points:
             _fail(f"{len(weights)} points; at most {self.limits.max_points} are allowed")
-        shares = share * _shares(self._array(weights, "a probability"), "probabilities")
-        if np.abs(places).max() > FURTHEST * self.unit:
-            _fail(f"values must be between {-FURTHEST * self.unit:g} and {FURTHEST * self.unit:g}")
+        masses = self._numbers(weights, "a probability")
+        if min(masses) < 0.0:
+            _fail("probabilities must be >= 0")
+        shares = _shares(masses, "probabilities")
+        furthest = FURTHEST * self.unit
+        if not (min(places) >= -furthest and max(places) <= furthest):
+            _fail(f"values must be between {-furthest:g} and {furthest:g}")
         self._count()
-        self.rows.extend(
-            (k, POINT, weight, place, 1.0, 0.0, 0.0)
-            for weight, place in zip(shares.tolist(), places.tolist(), strict=True)
-        )
+        self.points.append((k, share, shares, places))
 
     @staticmethod
-    def _numerals(keys: Iterable[str], *, bare: bool) -> Floats:
-        """Values given as JSON keys; Python's own floats would also read "nan", "1_0" and " 1"."""
-        places = []
-        for key in keys:
-            if _NUMERAL.fullmatch(key) and math.isfinite(place := float(key)):
-                places.append(place)
-            elif bare:
-                _fail(f"type is missing ({_quoted(key)} is no number, so this is no discrete distribution)")
-            else:
-                _fail(f"point {_quoted(key)} is not a finite number")
-        return np.array(places)
+    def _numerals(keys: Collection[str], *, bare: bool) -> list[float]:
+        """Values that are given as JSON keys."""
+        if not keys:
+            return []
+        if _NUMERALS.fullmatch(",".join(keys)):
+            places = list(map(float, keys))
+            if all(map(math.isfinite, places)):
+                return places
+        wrong = next(key for key in keys if not (_ONE_NUMERAL.fullmatch(key) and math.isfinite(float(key))))
+        if bare:
+            _fail(f"type is missing ({_quoted(wrong)} is no number, so this is no discrete distribution)")
+        _fail(f"point {_quoted(wrong)} is not a finite number")
 
     @staticmethod
-    def _array(values: list[Any], field: str) -> Floats:
+    def _numbers(values: list[Any], field: str) -> list[float]:
         kinds = set(map(type, values))
         if not kinds <= {int, float}:
             _fail(f"{field} must be a number")
-        if int in kinds:
-            return np.array([_number(value, field) for value in values])
-        return np.array(values)
+        return [_number(value, field) for value in values] if int in kinds else values

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, eq
 from typing import Any, Literal
 
 import msgspec
@@ -115,7 +115,11 @@ _SHAPES: tuple[tuple[Any, Callable[[Any], list[Any]] | None, Callable[[Any], _Pa
         attrgetter("prediction.components"),
         attrgetter("density.params"),
     ),
-    (msgspec.json.Decoder(list[_FlatMixture]), attrgetter("components"), attrgetter("density.params")),
+    (
+        msgspec.json.Decoder(list[_FlatMixture]),
+        attrgetter("components"),
+        attrgetter("density.params"),
+    ),
     (msgspec.json.Decoder(list[_WrappedNormal]), None, attrgetter("prediction.params")),
     (msgspec.json.Decoder(list[_FlatNormal]), None, attrgetter("params")),
 )
@@ -129,10 +133,7 @@ def _decode_normal(payload: bytes, setting: Setting, limits: Limits, unit: float
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
         n = len(segments)
-        steps = [item.step for item in segments if item.step is not msgspec.UNSET]
-        if n != setting.segments or len(steps) not in (0, n):
-            return None
-        if steps and not np.array_equal(steps, np.arange(1, n + 1) * setting.step_s):
+        if n != setting.segments or not _steps_fit([item.step for item in segments], setting.step_s):
             return None
         if components_of is None:
             leaves, counts, weight = segments, np.ones(n, np.intp), np.ones(n)
@@ -147,6 +148,13 @@ def _decode_normal(payload: bytes, setting: Setting, limits: Limits, unit: float
         loc, scale = np.array([one.loc for one in params]), np.array([one.scale for one in params])
         return _normals(counts, weight, loc, scale, unit)
     return None
+
+
+def _steps_fit(steps: list[Any], step_s: int) -> bool:
+    expected = range(step_s, (len(steps) + 1) * step_s, step_s)
+    return all(map(eq, steps, expected)) or all(
+        step is msgspec.UNSET or step == right for step, right in zip(steps, expected, strict=True)
+    )
 
 
 def _normals(counts: Ints, weight: Floats, loc: Floats, scale: Floats, unit: float) -> Densities | None:
@@ -164,7 +172,7 @@ def _normals(counts: Ints, weight: Floats, loc: Floats, scale: Floats, unit: flo
     if not inside:
         return None
     weight = weight / largest[segment]
-    weight /= np.add.reduceat(weight, starts)[segment]
+    weight /= np.bincount(segment, weight, n)[segment]
     none = np.zeros(len(loc))
     family = np.full(len(loc), NORM, np.uint8)
     densities = Densities(n, segment, family, weight, loc, scale, none, none)
