@@ -30,6 +30,7 @@ from condor_lite.score import ScoreLoop
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
 from condor_lite.storage.journal import Journal
+from condor_lite.watchdog import Watchdog
 
 log = structlog.get_logger()
 
@@ -97,6 +98,7 @@ class Game:
         self.db = db
         self.journal = Journal(db)
         self.feed = Feed(config, clock, db, source)
+        self.watchdog = Watchdog()
         self.live = Live(
             config=config,
             clock=clock,
@@ -222,6 +224,7 @@ async def _start(
         Service("feed", game.feed.run),
         Service("journal", game.journal.run),
         Service("report", game.web.run),
+        Service("watchdog", game.watchdog.run),
     ]
     for service in started:
         tasks.start_soon(service.serve, name=service.name)
