@@ -6,9 +6,9 @@ Parameters and spelling are scipy's. Tail probabilities are computed directly on
 so that they keep their relative precision.
 
 Closed forms: Jordan, Krueger, Lerch (2019), "Evaluating Probabilistic Forecasts with scoringRules", appendix
-A, for norm, t, laplace, logistic, lognorm, expon, gamma, beta and uniform. The others follow from CRPS = E|X
-- x| - E|X - X'| / 2. They are our own rather than the `scoringrules` package's because a payload is
-untrusted: values outside the support, t with df <= 1 and far tails must come out right, and without warnings.
+A, for norm, t, laplace, logistic, lognorm, expon, gamma, beta and uniform; the others by the same identity,
+CRPS = E|X - x| - E|X - X'| / 2. They are our own rather than the `scoringrules` package's because a payload
+is untrusted: values outside the support, t with df <= 1 and far tails must come out right, and silently.
 """
 
 from __future__ import annotations
