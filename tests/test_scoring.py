@@ -85,8 +85,8 @@ def tails(leaf: Leaf) -> tuple[Callable[[float], float], Callable[[float], float
     if name == "point":
         return (lambda z: float(z >= loc)), (lambda z: float(z < loc)), [loc]
     law = law_of(leaf)
-    levels = np.array([1e-12, 1e-6, 1e-3, 0.05, 0.3, 0.7, 0.95])
-    deep = np.array([1e-3, 1e-6, 1e-12, 1e-25])
+    levels = np.array([0.05, 0.3, 0.7, 0.95])
+    deep = 10.0 ** -np.arange(2.0, 26.0)  # a decade a piece: quad is blind to a heavy tail in one piece
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy may not find the deepest quantiles
         places = np.concatenate([law.ppf(levels), law.isf(deep), law.ppf(deep), law.support()])
