@@ -7,8 +7,9 @@ from the rounds that are open. A slow model makes only its own lane late.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 import anyio
@@ -38,6 +39,12 @@ _HANDED_OVER = (
     Outcome.TOO_LARGE,
 )
 # the call reached the model's code, or would never do so
+
+_GIVEN_UP_AT_ONCE = {
+    Outcome.BAD_IMPLEMENTATION: "BAD_IMPLEMENTATION",
+    Outcome.REFUSED: "CONNECTION_FAILED",
+}
+# what no further try can cure, and what it is reported as
 
 Watermark = tuple[int, ...]
 """Newest timestamp given, for each asset in the order of the config; 0 where none was."""
@@ -162,13 +169,18 @@ class HistoryGate:
         await asyncio.sleep(at_s - loop.time())
 
 
+class _Paused(Exception):
+    """No call is started any more: the host has paused the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What all lanes share, and where they bring their results."""
+    """What all lanes share, and where they bring their results. `paused` holds `model_id`s."""
 
     clock: Clock
     ticks: Ticks
     open_rounds: list[OpenRound]
+    paused: Container[str]
     timeout_s: float
     settle: Callable[[OpenRound, Participant, Reply], None]
     setup_missing: Callable[[Participant], None]
@@ -178,7 +190,7 @@ class Floor:
 
 
 class Lane:
-    """One connection's lane. `ready` is False while the model is still being fed its history."""
+    """One connection's lane. `since_s` is when it began, then when the model had got its history."""
 
     def __init__(
         self, participant: Participant, connection: Connection, floor: Floor, since_s: float
@@ -186,11 +198,20 @@ class Lane:
         self.participant = participant
         self.connection = connection
         self.since_s = since_s
-        self.ready = False
+        self.fed = False
         self.scope = anyio.CancelScope()
         self._floor = floor
         self._asks: deque[OpenRound] = deque(floor.open_rounds)
         self._wake = asyncio.Event()
+
+    @property
+    def paused(self) -> bool:
+        return self.connection.model_id in self._floor.paused
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model can be asked: it has got its history, and is not paused."""
+        return self.fed and not self.paused
 
     @property
     def idle(self) -> bool:
@@ -203,21 +224,28 @@ class Lane:
         self._wake.set()
 
     def wake(self) -> None:
-        """New points may be there."""
+        """New points may be there, or the model was paused or resumed."""
         self._wake.set()
 
     async def run(self) -> None:
         """Feed and ask the model until cancelled."""
-        if self.participant.watermark is None:
-            with self._floor.clock.hold():
-                await self._feed_history()
-        self.ready = True
         while True:
             self._wake.clear()
-            with self._floor.clock.hold():
-                while await self._do_next():
-                    pass
+            if self.paused:
+                self._asks = deque(self._floor.open_rounds)  # what it is asked should it be resumed now
+            else:
+                with contextlib.suppress(_Paused), self._floor.clock.hold():
+                    await self._catch_up()
             await self._wake.wait()
+
+    async def _catch_up(self) -> None:
+        """Do all that is to be done now."""
+        if self.participant.watermark is None:
+            await self._feed_history()
+        if not self.fed:
+            self.fed, self.since_s = True, self._floor.clock.now()
+        while await self._do_next():
+            pass
 
     async def _do_next(self) -> bool:
         """Do what is next; False where there is nothing."""
@@ -249,6 +277,15 @@ class Lane:
         )
 
     async def _ask(self, open_round: OpenRound) -> None:
+        """Ask, after a tick with what came before the round. Paused on the way, the model was never asked."""
+        try:
+            await self._ask_now(open_round)
+        except _Paused:
+            if self.participant.model.model_no not in open_round.provisional:
+                open_round.asked.discard(self.participant.model.model_no)
+            raise
+
+    async def _ask_now(self, open_round: OpenRound) -> None:
         floor, participant = self._floor, self.participant
         open_round.asked.add(participant.model.model_no)
         assert participant.watermark is not None
@@ -264,8 +301,8 @@ class Lane:
             )
             reply = Reply(Outcome.TOO_LARGE, reply.exec_time_us, detail)
         floor.settle(open_round, participant, reply)
-        if reply.outcome is Outcome.BAD_IMPLEMENTATION:
-            floor.give_up(participant, "BAD_IMPLEMENTATION", reply.detail or "")
+        if code := _GIVEN_UP_AT_ONCE.get(reply.outcome):
+            floor.give_up(participant, code, reply.detail or "")
 
     async def _tick(self, tick: Tick, timeout_s: float, open_round: OpenRound | None = None) -> Reply:
         """Send new points. A model that raised on them has had them; a silent one gets them again."""
@@ -283,6 +320,8 @@ class Lane:
         until_s = loop.time() + timeout_s
         while True:
             await floor.pacer.turn()
+            if self.paused:
+                raise _Paused
             left_s = until_s - loop.time()
             if left_s <= 0:
                 return Reply(
@@ -313,6 +352,10 @@ class Lane:
             if reply.outcome in _HANDED_OVER:
                 self.participant.watermark = tick.watermark
                 return
+            if reply.outcome is Outcome.REFUSED:
+                floor.give_up(self.participant, _GIVEN_UP_AT_ONCE[reply.outcome], reply.detail or "")
+                break
             await asyncio.sleep(_BUSY_PAUSE_S)
-        floor.give_up(self.participant, "MULTIPLE_TIMEOUT", "did not take its price history")
+        else:
+            floor.give_up(self.participant, "MULTIPLE_TIMEOUT", "did not take its price history")
         await asyncio.Event().wait()  # until the fleet disconnects it

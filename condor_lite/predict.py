@@ -65,6 +65,8 @@ class PredictLoop:
         self._on_closed = on_closed
         self.fleet = Fleet(config, orchestrator_port, self._on_ready, self._on_gone)
         self.participants: dict[str, Participant] = {}
+        self.paused: dict[str, int] = {}
+        """By `model_id`, since when (game's clock) the host has it paused: neither asked nor ticked."""
         self.open_rounds: list[OpenRound] = []
         self.late_s = 0.0
         """How late (wall) the newest rounds were opened."""
@@ -72,6 +74,7 @@ class PredictLoop:
             clock=clock,
             ticks=Ticks(feed.book, config.game.assets),
             open_rounds=self.open_rounds,
+            paused=self.paused,
             timeout_s=config.predict.timeout_s,
             settle=self._settle,
             setup_missing=self._setup_missing,
@@ -300,7 +303,7 @@ class PredictLoop:
         )
 
     def _absent(self, open_round: OpenRound) -> list[int]:
-        """Who is known to the game, has played before, and was not asked."""
+        """Who is known to the game, has played before, and was not asked; a pause is an absence too."""
         at_s = open_round.round.scheduled_at_s
         return [
             known.model.model_no
@@ -308,7 +311,7 @@ class PredictLoop:
             if known.model.model_no not in open_round.asked
             and known.model.first_round_at_s is not None
             and known.model.first_round_at_s <= at_s
-            and (known.lane is not None or known.model.last_seen_at_s >= at_s - _KNOWN_FOR_S)
+            and (_plays(known) or known.model.last_seen_at_s >= at_s - _KNOWN_FOR_S)
         ]
 
     def _closed(self, open_round: OpenRound, closed: Round) -> None:
@@ -394,7 +397,7 @@ class PredictLoop:
         return [known.lane for known in self.participants.values() if known.lane is not None]
 
     def _connected(self) -> list[int]:
-        return [known.model.model_no for known in self.participants.values() if known.lane is not None]
+        return [known.model.model_no for known in self.participants.values() if _plays(known)]
 
     def _touch(self, model_nos: list[int]) -> None:
         now_s = int(self._clock.now())
@@ -446,6 +449,28 @@ class PredictLoop:
                 log.exception("lane_failed", model_id=info.model_id)
                 await asyncio.sleep(_LANE_RESTART_S)
 
+    def pause(self, model_id: str) -> None:
+        """Start no more calls to this model, connected or not; one under way may finish."""
+        self.paused.setdefault(model_id, int(self._clock.now()))
+        known = self.participants.get(model_id)
+        if known is not None and known.lane is not None:
+            self._touch([known.model.model_no])
+            known.lane.wake()
+        self._check_all_answered()
+
+    def resume(self, model_id: str) -> None:
+        """Ask it again: what it missed comes first, then the rounds that are open."""
+        self.paused.pop(model_id, None)
+        known = self.participants.get(model_id)
+        if known is not None and known.lane is not None:
+            known.lane.wake()
+
+    def forgive(self, model_id: str) -> None:
+        """Forget the failures counted so far: the model is started anew."""
+        if known := self.participants.get(model_id):
+            known.consecutive_failures = known.consecutive_timeouts = 0
+            known.last_error = None
+
     def _setup_missing(self, participant: Participant) -> None:
         if participant.lane is not None:
             self.fleet.reconnect(participant.lane.connection)
@@ -455,3 +480,8 @@ class PredictLoop:
         participant.consecutive_failures = participant.consecutive_timeouts = 0
         if participant.lane is not None:
             self.fleet.give_up(participant.lane.connection, code, reason)
+
+
+def _plays(participant: Participant) -> bool:
+    """Whether it is connected and not paused."""
+    return participant.lane is not None and not participant.lane.paused

@@ -84,6 +84,7 @@ class LocalModel:
         self._process: ModelProcess | None = None
         self._died: tuple[ModelProcess, str] | None = None
         self._report: str | None = None
+        self._restart = False
         self._tried: tuple[str, str | None] | None = None
         self._started_s = 0.0
         self._starts = 0
@@ -132,6 +133,11 @@ class LocalModel:
             self._report = reason
             self._wake.set()
 
+    def restart(self) -> None:
+        """Start a new process now, given up or not; one that runs ends when the new one is up."""
+        self._restart = True
+        self._wake.set()
+
     async def run(self) -> None:
         """Until cancelled; no process is left behind then."""
         async with anyio.create_task_group() as tasks:
@@ -146,7 +152,7 @@ class LocalModel:
                 tasks.cancel_scope.cancel()
 
     async def _attempt(self, tasks: anyio.abc.TaskGroup) -> None:
-        source, self._tried = self.source, self._version
+        source, self._tried, self._restart = self.source, self._version, False
         self._retry_at_s = math.inf
         if source.problem is not None:
             self._refuse(LocalState.REJECTED, source.problem)
@@ -195,7 +201,7 @@ class LocalModel:
                 reason, self._report = self._report, None
                 await self._stop(self._process)
                 self._quarantine(LocalState.REPORTED, reason, anyio.current_time() - self._started_s)
-            if self._version != self._tried:
+            if self._restart or self._version != self._tried:
                 self._failures = self._quarantines = 0
                 return
             if anyio.current_time() >= self._retry_at_s:

@@ -91,6 +91,13 @@ class Orchestrator:
         """Every model folder's state, sorted by model id."""
         return [self._models[model_id][0].state for model_id in sorted(self._models)]
 
+    def restart(self, model_id: str) -> bool:
+        """Have a model's process started anew, given up or not; False where there is no such folder."""
+        if model_id not in self._models:
+            return False
+        self._models[model_id][0].restart()
+        return True
+
     async def run(self, task_status: TaskStatus[int] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Started (with the port) once it listens; the models start after that.
 

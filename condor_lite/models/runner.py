@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,10 +27,13 @@ from model_runner_client.grpc.generated.dynamic_subclass_pb2_grpc import Dynamic
 from model_runner_client.model_cluster import ModelCluster
 from model_runner_client.model_concurrent_runners import DynamicSubclassModelConcurrentRunner
 from model_runner_client.model_runners import DynamicSubclassModelRunner
+from model_runner_client.security.tls_peer_key import TlsProbeError
+from model_runner_client.security.wallet_gelegation import AuthError
 from model_runner_client.websocket_client import WebsocketClient
 
 from condor_lite.config import Config
 from condor_lite.game.entities import ModelInfo
+from condor_lite.models import security
 
 log = structlog.get_logger()
 
@@ -39,6 +43,14 @@ _RECONNECT_S = 1.0
 _MAX_EVENT_BYTES = 32 * 2**20  # an `init` of 1,000 models takes about 250 kB
 _REPLY_OVERHEAD_BYTES = 64 * 1024  # the channel's limit counts the framing too
 _MAX_NAME_CHARS = 200
+_MAX_REFUSED = 10_000
+
+
+_REFUSALS = {
+    "BAD_IMPLEMENTATION": "Setup says that it is no model",
+    "CONNECTION_FAILED": "cannot connect",
+    "MULTIPLE_FAILED": "Setup failed",
+}
 
 
 class Outcome(StrEnum):
@@ -52,6 +64,7 @@ class Outcome(StrEnum):
     SETUP_MISSING = "setup missing"  # the process restarted behind our back
     TOO_LARGE = "too large"
     UNREACHABLE = "unreachable"
+    REFUSED = "refused"  # it did not prove whose model it is
     PROTOCOL = "protocol error"
 
 
@@ -63,6 +76,15 @@ class Reply:
     exec_time_us: int
     detail: str | None = None
     payload: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A model that could not be connected or was given up, and why; `since` is epoch seconds on the wall."""
+
+    info: ModelInfo
+    since: float
+    reason: str
 
 
 def tick_request(data: bytes) -> CallRequest:
@@ -102,6 +124,8 @@ class Connection(DynamicSubclassModelRunner):
         self.retry_attempts = _CONNECT_ATTEMPTS
         self.fresh = True
         self.reconnecting = False
+        self.problem: str | None = None
+        """Why the last attempt to connect failed, for the host."""
         self._max_reply_bytes = max_reply_bytes
 
     @property
@@ -120,19 +144,41 @@ class Connection(DynamicSubclassModelRunner):
             benchmark=infos.get("benchmark") is True,
         )
 
+    async def init(self) -> tuple[bool, Any]:
+        """Connect and call Setup; `problem` then says why it failed."""
+        for attempt in range(1, _CONNECT_ATTEMPTS + 1):
+            try:
+                outcome: tuple[bool, Any] = await super().init()
+                return outcome
+            except InvalidCoordinatorUsageError:  # no connection without credentials, but it speaks TLS
+                if self.gateway_credentials is None:
+                    self.problem = "it asks for TLS, and orchestrator.credentials is not set"
+                    break
+                self.problem = self.problem or "this machine does not trust its TLS certificate"
+            if attempt < _CONNECT_ATTEMPTS:
+                await asyncio.sleep(self.retry_backoff_factor**attempt)
+        return False, self.ErrorType.AUTH_ERROR
+
     def _connect_insecure_channels(self) -> None:
-        self._bound_replies()
+        self._begin_connecting()
         super()._connect_insecure_channels()
 
     def _connect_gateway_channels(self) -> None:
-        self._bound_replies()
+        self._begin_connecting()
         super()._connect_gateway_channels()
 
     async def _connect_secure_channels(self) -> None:
-        self._bound_replies()
-        await super()._connect_secure_channels()
+        self._begin_connecting()
+        try:
+            self.grpc_channel, self.grpc_health_channel = await security.secure_channels(
+                self, self.secure_credentials
+            )
+        except (TlsProbeError, TimeoutError) as error:
+            self.problem = security.refusal(error)
+            raise
 
-    def _bound_replies(self) -> None:
+    def _begin_connecting(self) -> None:
+        self.problem = None
         self.grpc_options += [
             ("grpc.max_receive_message_length", self._max_reply_bytes + _REPLY_OVERHEAD_BYTES),
             ("grpc.max_send_message_length", -1),
@@ -142,19 +188,21 @@ class Connection(DynamicSubclassModelRunner):
 
     async def setup(self, grpc_channel: Any) -> tuple[bool, Any]:
         self.grpc_stub = DynamicSubclassServiceStub(grpc_channel)
-        response = await self.grpc_stub.Setup(
-            SetupRequest(className=self.base_classname), timeout=self.setup_timeout
-        )
+        try:
+            response = await self.grpc_stub.Setup(
+                SetupRequest(className=self.base_classname), timeout=self.setup_timeout
+            )
+        except AuthError as error:
+            self.problem = security.refusal(error)
+            raise
+        except AioRpcError as error:
+            self.problem = f"Setup failed: {_refusal(error, self.setup_timeout)[1]}"
+            raise
         code = response.status.code
         self.fresh = "already exists" not in response.status.message
         if code == "SUCCESS":
             return True, None
-        log.warning(
-            "model_setup_refused",
-            model_id=self.model_id,
-            code=code,
-            detail=_first_line(response.status.message),
-        )
+        self.problem = f"Setup answered {_first_line(code)[:40]}: {_first_line(response.status.message)}"
         if code == "BAD_IMPLEMENTATION":
             return False, self.ErrorType.BAD_IMPLEMENTATION
         return False, self.ErrorType.FAILED
@@ -184,9 +232,9 @@ class Connection(DynamicSubclassModelRunner):
             return reply(Outcome.UNREACHABLE, "disconnected during the call")
         except UsageError:
             return reply(Outcome.UNREACHABLE, "the connection is closed")
-        except (
-            Exception
-        ) as error:  # authentication, undecodable messages: one model's trouble, whatever it is
+        except AuthError as error:
+            return reply(Outcome.REFUSED, security.refusal(error))
+        except Exception as error:  # undecodable messages: one model's trouble, whatever it is
             return reply(Outcome.PROTOCOL, f"{type(error).__name__}: {_first_line(str(error))}")
         code = response.status.code
         if code == "SUCCESS":
@@ -211,6 +259,8 @@ def _refusal(error: AioRpcError, timeout_s: float) -> tuple[Outcome, str]:
         return Outcome.BUSY, "busy with an earlier call"
     if code is grpc.StatusCode.UNAVAILABLE:
         return Outcome.UNREACHABLE, f"cannot connect: {details}"
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return Outcome.UNREACHABLE, f"the model's server refuses our credentials: {details}"
     return Outcome.PROTOCOL, f"gRPC {code.name}: {details}"
 
 
@@ -294,7 +344,7 @@ class Fleet:
 
     `on_ready(connection)` is called when a model can be asked, `on_gone(connection)` when it no longer can;
     a new deployment is both. Every model connects in a task of its own: one that hangs in Setup delays
-    nobody.
+    nobody. Raises ConfigError where the credentials can't be used.
     """
 
     def __init__(
@@ -314,16 +364,23 @@ class Fleet:
             port=port,
             base_classname=config.game.base_class,
             max_reply_bytes=largest * config.predict.max_segment_bytes + 16 * 1024,
+            **security.load_credentials(config.orchestrator),
         )
         self._cluster: ModelCluster = runner.model_cluster
-        self.running: dict[str, Connection] = _Running(on_ready, on_gone)
+        self._on_ready = on_ready
+        self.running: dict[str, Connection] = _Running(self._ready, on_gone)
         self._cluster.models_run = self.running
+        self._cluster.process_failure = self._report
         self._socket = _WebSocket(
             config.orchestrator.host, port, config.game.crunch_id, event_handler=self._on_event
         )
         # The client that this replaces would print a traceback at exit (its `__del__` registers this method).
         self._cluster.ws_client.disconnect_sync = lambda: None
         self._cluster.ws_client = self._socket
+        self.refused: dict[str, Refused] = {}
+        """By `model_id`, those reported to the orchestrator and not connected since."""
+        self._report = self._cluster.process_failure
+        self._cluster.process_failure = self._refuse  # the library calls it too, where Setup fails
         self._tasks: set[asyncio.Task[None]] = set()
         self._url = f"ws://{config.orchestrator.host}:{port}/{config.game.crunch_id}"
 
@@ -331,6 +388,11 @@ class Fleet:
     def connected(self) -> bool:
         """Whether the orchestrator's WebSocket is open."""
         return self._socket.connected
+
+    @property
+    def connecting(self) -> dict[str, Connection]:
+        """Those whose connection or Setup is under way."""
+        return dict(self._cluster.pending_model_runs)
 
     async def run(self) -> None:
         """Follow the orchestrator until cancelled, then close every connection."""
@@ -385,10 +447,34 @@ class Fleet:
             log.warning("model_set_up_again", model_id=connection.model_id)
             self._spawn(self._cluster.reconnect_model_runner(connection))
 
+    def refresh(self) -> None:
+        """Have the orchestrator say anew who runs: whoever was disconnected only here is connected again."""
+        if self._socket.connected:
+            self._spawn(self._socket.websocket.close())
+
     def give_up(self, connection: Connection, code: str, reason: str) -> None:
         """Report the model to the orchestrator, which stops it, and disconnect."""
         log.warning("model_given_up", model_id=connection.model_id, code=code, reason=reason)
-        self._spawn(self._cluster.process_failure(connection, code, reason))
+        self._spawn(ModelCluster.process_failure(self._cluster, connection, code, reason))
+
+    async def _report(self, connection: Connection, code: str, reason: str | None = None) -> None:
+        """What the library calls, without a reason, when a model can't be connected."""
+        reason = reason or connection.problem or f"no connection to {connection.ip}:{connection.port}"
+        log.warning("model_not_connected", model_id=connection.model_id, code=code, reason=reason)
+        await ModelCluster.process_failure(self._cluster, connection, code, reason)
+
+    def _ready(self, connection: Connection) -> None:
+        self.refused.pop(connection.model_id, None)
+        self._on_ready(connection)
+
+    async def _refuse(self, connection: Connection, code: str, reason: str | None = None) -> None:
+        self.refused.pop(connection.model_id, None)
+        while len(self.refused) >= _MAX_REFUSED:
+            del self.refused[next(iter(self.refused))]
+        self.refused[connection.model_id] = Refused(
+            connection.info, time.time(), reason or _REFUSALS.get(code, code)
+        )
+        await self._report(connection, code, reason)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -398,12 +484,7 @@ class Fleet:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            if isinstance(error, InvalidCoordinatorUsageError):
-                log.error("model_connection_refused", reason=_first_line(str(error)))
-            else:
-                log.error(
-                    "model_connection_failed", error=f"{type(error).__name__}: {_first_line(str(error))}"
-                )
+            log.error("model_connection_failed", error=f"{type(error).__name__}: {_first_line(str(error))}")
 
     async def _close(self) -> None:
         for task in self._tasks:

@@ -143,4 +143,11 @@ MIGRATIONS: tuple[str, ...] = (
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX snapshot_by_time ON snapshot (created_at_s);
     """,
+    # By id, not number: a local model can be paused before it has ever run.
+    """
+    CREATE TABLE pause (
+        model_id TEXT PRIMARY KEY,
+        since_s  INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
 )
