@@ -20,6 +20,7 @@ from condor_lite.config import Config
 from condor_lite.errors import ConfigError, StorageError
 from condor_lite.game.scoring import RuleError, load_rule
 from condor_lite.models.folder import ModelFolder, scan
+from condor_lite.models.security import load_credentials
 from condor_lite.prices.replay import ReplaySource
 from condor_lite.storage.connection import checked_version, opening, require_sqlite, uri
 from condor_lite.storage.lock import lock_holder
@@ -47,8 +48,11 @@ def check(config: Config) -> list[str]:
 
 
 def obstacles(config: Config) -> list[str]:
-    """What keeps the game from starting at all: SQLite, folder, lock, database, ports, the rule. Quick."""
-    return [*_sqlite(), *_storage(config), *_ports(config), *_rule(config)]
+    """What keeps the game from starting at all: SQLite, folder, lock, database, ports, the rule, credentials.
+
+    Quick.
+    """
+    return [*_sqlite(), *_storage(config), *_ports(config), *_rule(config), *_credentials(config)]
 
 
 def _sqlite() -> Iterator[str]:
@@ -134,6 +138,13 @@ def _rule(config: Config) -> Iterator[str]:
         load_rule(config.scoring.rule)
     except RuleError as error:
         yield str(error)
+
+
+def _credentials(config: Config) -> Iterator[str]:
+    try:
+        load_credentials(config.orchestrator)
+    except ConfigError as error:
+        yield from error.problems
 
 
 def _low_disk(config: Config) -> Iterator[str]:

@@ -27,10 +27,13 @@ from model_runner_client.grpc.generated.dynamic_subclass_pb2_grpc import Dynamic
 from model_runner_client.model_cluster import ModelCluster
 from model_runner_client.model_concurrent_runners import DynamicSubclassModelConcurrentRunner
 from model_runner_client.model_runners import DynamicSubclassModelRunner
+from model_runner_client.security.tls_peer_key import TlsProbeError
+from model_runner_client.security.wallet_gelegation import AuthError
 from model_runner_client.websocket_client import WebsocketClient
 
 from condor_lite.config import Config
 from condor_lite.game.entities import ModelInfo
+from condor_lite.models import security
 
 log = structlog.get_logger()
 
@@ -54,6 +57,7 @@ class Outcome(StrEnum):
     SETUP_MISSING = "setup missing"  # the process restarted behind our back
     TOO_LARGE = "too large"
     UNREACHABLE = "unreachable"
+    REFUSED = "refused"  # it did not prove whose model it is
     PROTOCOL = "protocol error"
 
 
@@ -113,6 +117,8 @@ class Connection(DynamicSubclassModelRunner):
         self.retry_attempts = _CONNECT_ATTEMPTS
         self.fresh = True
         self.reconnecting = False
+        self.problem: str | None = None
+        """Why the last attempt to connect failed, for the host."""
         self._max_reply_bytes = max_reply_bytes
 
     @property
@@ -131,19 +137,41 @@ class Connection(DynamicSubclassModelRunner):
             benchmark=infos.get("benchmark") is True,
         )
 
+    async def init(self) -> tuple[bool, Any]:
+        """Connect and call Setup; `problem` then says why it failed."""
+        for attempt in range(1, _CONNECT_ATTEMPTS + 1):
+            try:
+                outcome: tuple[bool, Any] = await super().init()
+                return outcome
+            except InvalidCoordinatorUsageError:  # no connection without credentials, but it speaks TLS
+                if self.gateway_credentials is None:
+                    self.problem = "it asks for TLS, and orchestrator.credentials is not set"
+                    break
+                self.problem = self.problem or "this machine does not trust its TLS certificate"
+            if attempt < _CONNECT_ATTEMPTS:
+                await asyncio.sleep(self.retry_backoff_factor**attempt)
+        return False, self.ErrorType.AUTH_ERROR
+
     def _connect_insecure_channels(self) -> None:
-        self._bound_replies()
+        self._begin_connecting()
         super()._connect_insecure_channels()
 
     def _connect_gateway_channels(self) -> None:
-        self._bound_replies()
+        self._begin_connecting()
         super()._connect_gateway_channels()
 
     async def _connect_secure_channels(self) -> None:
-        self._bound_replies()
-        await super()._connect_secure_channels()
+        self._begin_connecting()
+        try:
+            self.grpc_channel, self.grpc_health_channel = await security.secure_channels(
+                self, self.secure_credentials
+            )
+        except (TlsProbeError, TimeoutError) as error:
+            self.problem = security.refusal(error)
+            raise
 
-    def _bound_replies(self) -> None:
+    def _begin_connecting(self) -> None:
+        self.problem = None
         self.grpc_options += [
             ("grpc.max_receive_message_length", self._max_reply_bytes + _REPLY_OVERHEAD_BYTES),
             ("grpc.max_send_message_length", -1),
@@ -153,19 +181,21 @@ class Connection(DynamicSubclassModelRunner):
 
     async def setup(self, grpc_channel: Any) -> tuple[bool, Any]:
         self.grpc_stub = DynamicSubclassServiceStub(grpc_channel)
-        response = await self.grpc_stub.Setup(
-            SetupRequest(className=self.base_classname), timeout=self.setup_timeout
-        )
+        try:
+            response = await self.grpc_stub.Setup(
+                SetupRequest(className=self.base_classname), timeout=self.setup_timeout
+            )
+        except AuthError as error:
+            self.problem = security.refusal(error)
+            raise
+        except AioRpcError as error:
+            self.problem = f"Setup failed: {_refusal(error, self.setup_timeout)[1]}"
+            raise
         code = response.status.code
         self.fresh = "already exists" not in response.status.message
         if code == "SUCCESS":
             return True, None
-        log.warning(
-            "model_setup_refused",
-            model_id=self.model_id,
-            code=code,
-            detail=_first_line(response.status.message),
-        )
+        self.problem = f"Setup answered {_first_line(code)[:40]}: {_first_line(response.status.message)}"
         if code == "BAD_IMPLEMENTATION":
             return False, self.ErrorType.BAD_IMPLEMENTATION
         return False, self.ErrorType.FAILED
@@ -195,9 +225,9 @@ class Connection(DynamicSubclassModelRunner):
             return reply(Outcome.UNREACHABLE, "disconnected during the call")
         except UsageError:
             return reply(Outcome.UNREACHABLE, "the connection is closed")
-        except (
-            Exception
-        ) as error:  # authentication, undecodable messages: one model's trouble, whatever it is
+        except AuthError as error:
+            return reply(Outcome.REFUSED, security.refusal(error))
+        except Exception as error:  # undecodable messages: one model's trouble, whatever it is
             return reply(Outcome.PROTOCOL, f"{type(error).__name__}: {_first_line(str(error))}")
         code = response.status.code
         if code == "SUCCESS":
@@ -222,6 +252,8 @@ def _refusal(error: AioRpcError, timeout_s: float) -> tuple[Outcome, str]:
         return Outcome.BUSY, "busy with an earlier call"
     if code is grpc.StatusCode.UNAVAILABLE:
         return Outcome.UNREACHABLE, f"cannot connect: {details}"
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return Outcome.UNREACHABLE, f"the model's server refuses our credentials: {details}"
     return Outcome.PROTOCOL, f"gRPC {code.name}: {details}"
 
 
@@ -305,7 +337,7 @@ class Fleet:
 
     `on_ready(connection)` is called when a model can be asked, `on_gone(connection)` when it no longer can;
     a new deployment is both. Every model connects in a task of its own: one that hangs in Setup delays
-    nobody.
+    nobody. Raises ConfigError where the credentials can't be used.
     """
 
     def __init__(
@@ -325,11 +357,13 @@ class Fleet:
             port=port,
             base_classname=config.game.base_class,
             max_reply_bytes=largest * config.predict.max_segment_bytes + 16 * 1024,
+            **security.load_credentials(config.orchestrator),
         )
         self._cluster: ModelCluster = runner.model_cluster
         self._on_ready = on_ready
         self.running: dict[str, Connection] = _Running(self._ready, on_gone)
         self._cluster.models_run = self.running
+        self._cluster.process_failure = self._report
         self._socket = _WebSocket(
             config.orchestrator.host, port, config.game.crunch_id, event_handler=self._on_event
         )
@@ -338,8 +372,6 @@ class Fleet:
         self._cluster.ws_client = self._socket
         self.refused: dict[str, Refused] = {}
         """By `model_id`, those reported to the orchestrator and not connected since."""
-        self._report = self._cluster.process_failure
-        self._cluster.process_failure = self._refuse  # the library calls it too, where Setup fails
         self._tasks: set[asyncio.Task[None]] = set()
         self._url = f"ws://{config.orchestrator.host}:{port}/{config.game.crunch_id}"
 
@@ -414,18 +446,25 @@ class Fleet:
     def give_up(self, connection: Connection, code: str, reason: str) -> None:
         """Report the model to the orchestrator, which stops it, and disconnect."""
         log.warning("model_given_up", model_id=connection.model_id, code=code, reason=reason)
-        self._spawn(self._cluster.process_failure(connection, code, reason))
+        self._note(connection, reason)
+        self._spawn(ModelCluster.process_failure(self._cluster, connection, code, reason))
+
+    async def _report(self, connection: Connection, code: str, reason: str | None = None) -> None:
+        """What the library calls, without a reason, when a model can't be connected."""
+        reason = reason or connection.problem or f"no connection to {connection.ip}:{connection.port}"
+        self._note(connection, reason)
+        log.warning("model_not_connected", model_id=connection.model_id, code=code, reason=reason)
+        await ModelCluster.process_failure(self._cluster, connection, code, reason)
 
     def _ready(self, connection: Connection) -> None:
         self.refused.pop(connection.model_id, None)
         self._on_ready(connection)
 
-    async def _refuse(self, connection: Connection, code: str, reason: str | None = None) -> None:
+    def _note(self, connection: Connection, reason: str) -> None:
         self.refused.pop(connection.model_id, None)
         while len(self.refused) >= _MAX_REFUSED:
             del self.refused[next(iter(self.refused))]
-        self.refused[connection.model_id] = Refused(connection.info, time.time(), reason or code)
-        await self._report(connection, code, reason)
+        self.refused[connection.model_id] = Refused(connection.info, time.time(), reason)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -435,12 +474,7 @@ class Fleet:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            if isinstance(error, InvalidCoordinatorUsageError):
-                log.error("model_connection_refused", reason=_first_line(str(error)))
-            else:
-                log.error(
-                    "model_connection_failed", error=f"{type(error).__name__}: {_first_line(str(error))}"
-                )
+            log.error("model_connection_failed", error=f"{type(error).__name__}: {_first_line(str(error))}")
 
     async def _close(self) -> None:
         for task in self._tasks:
