@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
-import anyio
 import orjson
 import structlog
 from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest
@@ -20,6 +20,7 @@ from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest
 from condor_lite.clock import Clock
 from condor_lite.game.entities import AnswerStatus, Model, Round
 from condor_lite.models.runner import Connection, Outcome, Reply, tick_request
+from condor_lite.pacer import Pacer
 from condor_lite.prices.book import PriceBook
 
 log = structlog.get_logger()
@@ -59,11 +60,12 @@ class OpenRound:
     deadline_s: float
     max_answer_bytes: int
     asked: set[int] = field(default_factory=set)
+    """Who was ready when it opened, or since."""
     outcomes: dict[int, AnswerStatus] = field(default_factory=dict)
     provisional: dict[int, Reply] = field(default_factory=dict)
     """Failures of the connection: what counts unless the model comes back and answers before the deadline."""
-    stood_in_line: set[int] = field(default_factory=set)
-    """Models that were still busy with an earlier call: their time-out is that call's, not another one."""
+    reached: set[int] = field(default_factory=set)
+    """Whose call is under way or was: the others were busy with an earlier one all the time."""
 
     @property
     def round_no(self) -> int:
@@ -79,35 +81,16 @@ class Participant:
     lane: Lane | None = None
     consecutive_failures: int = 0
     consecutive_timeouts: int = 0
+    counted_at_s: float = -math.inf
+    """When (game's clock) its newest time-out was counted."""
+    trusted: bool = True
+    """Whether its silence may be our fault: it answered last time, or has not been asked yet."""
+    suspected: set[int] = field(default_factory=set)
+    """Times (`scheduled_at`) of the newest rounds that were void because most models were silent, it too."""
     last_error: str | None = None
     watermark: Watermark | None = None
-
-
-class Pacer:
-    """Spreads the starts of calls over turns of the event loop, first come, first served."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._pump: asyncio.Task[None] | None = None
-
-    async def turn(self) -> None:
-        """Return when it is this caller's turn to start a call."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        if self._pump is None:
-            self._pump = asyncio.create_task(self._run())
-        await turn
-
-    async def _run(self) -> None:
-        while self._waiting:
-            started = 0
-            while self._waiting and started < _STARTS_A_TURN:
-                turn = self._waiting.popleft()
-                if not turn.done():  # its lane may have been cancelled
-                    turn.set_result(None)
-                    started += 1
-            await asyncio.sleep(0)
-        self._pump = None
+    watermark_of: str | None = None
+    """The deployment that was given those prices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,17 +158,23 @@ class _Paused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What all lanes share, and where they bring their results. `paused` holds `model_id`s."""
+    """What all lanes share, and where they bring their results. `paused` holds `model_id`s.
+
+    `give_up(participant, code, reason)`, and `set_up_again(participant)` for one that lost its instance or
+    can't be reached.
+    """
 
     clock: Clock
     ticks: Ticks
     open_rounds: list[OpenRound]
     paused: Container[str]
     timeout_s: float
+    next_due_s: Callable[[], int]
+    """The time of the next rounds: nobody is given a later price before they are open."""
     settle: Callable[[OpenRound, Participant, Reply], None]
-    setup_missing: Callable[[Participant], None]
+    set_up_again: Callable[[Participant], None]
     give_up: Callable[[Participant, str, str], None]
-    pacer: Pacer = field(default_factory=Pacer)
+    pacer: Pacer = field(default_factory=lambda: Pacer(_STARTS_A_TURN))
     history_gate: HistoryGate = field(default_factory=HistoryGate)
 
 
@@ -199,7 +188,6 @@ class Lane:
         self.connection = connection
         self.since_s = since_s
         self.fed = False
-        self.scope = anyio.CancelScope()
         self._floor = floor
         self._asks: deque[OpenRound] = deque(floor.open_rounds)
         self._wake = asyncio.Event()
@@ -212,11 +200,6 @@ class Lane:
     def ready(self) -> bool:
         """Whether the model can be asked: it has got its history, and is not paused."""
         return self.fed and not self.paused
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is left to ask this model."""
-        return not self._asks
 
     def ask(self, open_round: OpenRound) -> None:
         """Put `open_round` in line."""
@@ -233,6 +216,8 @@ class Lane:
             self._wake.clear()
             if self.paused:
                 self._asks = deque(self._floor.open_rounds)  # what it is asked should it be resumed now
+                for open_round in self._asks:
+                    self._not_asked(open_round)
             else:
                 with contextlib.suppress(_Paused), self._floor.clock.hold():
                     await self._catch_up()
@@ -258,14 +243,15 @@ class Lane:
                 self._asks.popleft()
             return True
         assert self.participant.watermark is not None
-        if tick := self._floor.ticks.since(self.participant.watermark):
+        if tick := self._floor.ticks.since(self.participant.watermark, self._floor.next_due_s()):
             reply = await self._tick(tick, self._floor.timeout_s)
             return reply.outcome in _HANDED_OVER
         return False
 
     def _left_s(self, open_round: OpenRound) -> float:
         """Wall seconds until the round's deadline."""
-        return self._floor.clock.wall_s(open_round.deadline_s - self._floor.clock.now())
+        left_s = self._floor.clock.wall_s(open_round.deadline_s - self._floor.clock.now())
+        return min(left_s, self._floor.timeout_s)  # a clock that was set back gives nobody more time
 
     def _may_ask(self, open_round: OpenRound) -> bool:
         """Not twice, not after the deadline, and nobody who has seen a price later than the round's time."""
@@ -281,9 +267,13 @@ class Lane:
         try:
             await self._ask_now(open_round)
         except _Paused:
-            if self.participant.model.model_no not in open_round.provisional:
-                open_round.asked.discard(self.participant.model.model_no)
+            self._not_asked(open_round)
             raise
+
+    def _not_asked(self, open_round: OpenRound) -> None:
+        model_no = self.participant.model.model_no
+        if model_no not in open_round.outcomes and model_no not in open_round.provisional:
+            open_round.asked.discard(model_no)
 
     async def _ask_now(self, open_round: OpenRound) -> None:
         floor, participant = self._floor, self.participant
@@ -308,7 +298,7 @@ class Lane:
         """Send new points. A model that raised on them has had them; a silent one gets them again."""
         reply = await self._call(tick.request, timeout_s, open_round)
         if reply.outcome in _HANDED_OVER:
-            self.participant.watermark = tick.watermark
+            self._hand_over(tick)
         if reply.outcome is not Outcome.SUCCESS:
             self.participant.last_error = f"tick: {reply.detail}"
         return reply
@@ -327,35 +317,46 @@ class Lane:
                 return Reply(
                     Outcome.TIMEOUT, int(timeout_s * 1e6), "no time was left to ask before the deadline"
                 )
+            if open_round is not None:
+                open_round.reached.add(self.participant.model.model_no)
             reply = await self.connection.ask(request, left_s)
             if reply.outcome is Outcome.SETUP_MISSING:
-                floor.setup_missing(self.participant)
+                floor.set_up_again(self.participant)
             if reply.outcome is not Outcome.BUSY:
                 return reply
             if open_round is not None:
-                open_round.stood_in_line.add(self.participant.model.model_no)
+                open_round.reached.discard(self.participant.model.model_no)
             if until_s - loop.time() <= _BUSY_PAUSE_S:
                 return reply
             await asyncio.sleep(_BUSY_PAUSE_S)
 
     async def _feed_history(self) -> None:
         """Give a new instance the past, in one tick that counts against nobody."""
-        floor = self._floor
+        floor, participant = self._floor, self.participant
         for _ in range(_HISTORY_TRIES):
             await floor.history_gate.turn()
             # Who will be asked in an open round must not know more than the others did.
-            first_s = min((open_round.round.scheduled_at_s for open_round in floor.open_rounds), default=None)
-            tick = await floor.ticks.history(first_s)
+            until_s = min(
+                (open_round.round.scheduled_at_s for open_round in floor.open_rounds),
+                default=floor.next_due_s(),
+            )
+            tick = await floor.ticks.history(until_s)
             reply = await self._call(tick.request, HISTORY_TIMEOUT_S, None)
             if reply.outcome is not Outcome.SUCCESS:
-                self.participant.last_error = f"history: {reply.detail}"
+                participant.last_error = f"history: {reply.detail}"
             if reply.outcome in _HANDED_OVER:
-                self.participant.watermark = tick.watermark
+                self._hand_over(tick)
                 return
-            if reply.outcome is Outcome.REFUSED:
-                floor.give_up(self.participant, _GIVEN_UP_AT_ONCE[reply.outcome], reply.detail or "")
+            if code := _GIVEN_UP_AT_ONCE.get(reply.outcome):
+                floor.give_up(participant, code, reply.detail or "")
                 break
-            await asyncio.sleep(_BUSY_PAUSE_S)
+            if reply.outcome not in (Outcome.TIMEOUT, Outcome.BUSY):
+                floor.set_up_again(participant)
+                break
         else:
-            floor.give_up(self.participant, "MULTIPLE_TIMEOUT", "did not take its price history")
-        await asyncio.Event().wait()  # until the fleet disconnects it
+            floor.give_up(participant, "MULTIPLE_TIMEOUT", "did not take its price history")
+        await asyncio.Event().wait()  # until the fleet ends this connection
+
+    def _hand_over(self, tick: Tick) -> None:
+        self.participant.watermark = tick.watermark
+        self.participant.watermark_of = self.connection.deployment_id

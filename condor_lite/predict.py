@@ -8,10 +8,8 @@ model has a lane of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from itertools import groupby
 
 import anyio
 import structlog
@@ -20,9 +18,10 @@ from anyio.abc import TaskGroup
 from condor_lite.clock import Clock
 from condor_lite.config import Config
 from condor_lite.game import schedule
-from condor_lite.game.entities import Answer, AnswerStatus, Round, RoundStatus, Setting
+from condor_lite.game.entities import Answer, AnswerStatus, Model, Round, RoundStatus, Setting
 from condor_lite.lanes import Floor, Lane, OpenRound, Participant, Ticks
-from condor_lite.models.runner import Connection, Fleet, Outcome, Reply, predict_request
+from condor_lite.models.fleet import Fleet
+from condor_lite.models.runner import Connection, Outcome, Reply, predict_request
 from condor_lite.prices.feed import Feed
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
@@ -35,7 +34,8 @@ _MISSED_BACK_S = 7 * 86400
 _KNOWN_FOR_S = 7 * 86400
 _HEARTBEAT_S = 30.0
 _LANE_RESTART_S = 1.0
-_SUSPECT_FROM = 3  # asked models from which on a majority of time-outs is taken for our own fault
+_SUSPECT_FROM = 3  # models from which on a majority of time-outs is taken for our own fault
+_SUSPECT_AT_MOST = 3  # times on end that the same models' silence is
 
 _STATUS = {
     Outcome.SUCCESS: AnswerStatus.SUCCESS,
@@ -63,7 +63,7 @@ class PredictLoop:
         self._journal = journal
         self._feed = feed
         self._on_closed = on_closed
-        self.fleet = Fleet(config, orchestrator_port, self._on_ready, self._on_gone)
+        self.fleet = Fleet(config, orchestrator_port, self._serve)
         self.participants: dict[str, Participant] = {}
         self.paused: dict[str, int] = {}
         """By `model_id`, since when (game's clock) the host has it paused: neither asked nor ticked."""
@@ -76,8 +76,9 @@ class PredictLoop:
             open_rounds=self.open_rounds,
             paused=self.paused,
             timeout_s=config.predict.timeout_s,
+            next_due_s=lambda: self._next_due_s,
             settle=self._settle,
-            setup_missing=self._setup_missing,
+            set_up_again=self._set_up_again,
             give_up=self._give_up,
         )
         self._requests = {
@@ -86,7 +87,10 @@ class PredictLoop:
         }
         self._tasks: TaskGroup | None = None
         self._next_round_no = 1
+        self._next_model_no = 1
         self._held_until_s = 0.0
+        self._next_due_s = 0
+        self._resumed = asyncio.Event()
         self._stopping = False
         self._all_answered = asyncio.Event()
         feed.subscribe(self._on_prices)
@@ -97,81 +101,75 @@ class PredictLoop:
         """Hold rounds until cancelled. Started again after a failure, it goes on where it was."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
-            self.open_rounds.clear()
             try:
-                await self._resume()
-                for connection in list(self.fleet.running.values()):
-                    self._on_ready(connection)
+                if self._resumed.is_set():
+                    for open_round in list(self.open_rounds):
+                        self._close(open_round, "the predict loop failed while the round was open")
+                else:
+                    await self._resume()
                 tasks.start_soon(self._heartbeat, name="predict-heartbeat")
                 await self._hold_rounds()
             finally:
                 self._tasks = None
-                for participant in self.participants.values():
-                    participant.lane = None
 
     async def finish(self, grace_s: float) -> None:
-        """Open no more rounds, give those in flight up to `grace_s` (wall), and store everything."""
+        """Open no more rounds, give those in flight up to `grace_s` (wall), and store everything.
+
+        Who was asked and can't answer any more because the game stops is left out of its round.
+        """
         self._stopping = True
         self._check_all_answered()
         with anyio.move_on_after(grace_s):
             await self._all_answered.wait()
         for open_round in list(self.open_rounds):
-            unanswered = self._unanswered(open_round)
-            reason = "the game was stopped before every model had answered" if unanswered else None
-            self._close(open_round, reason)
+            self._close(open_round, cut_short=True)
         self._touch(self._connected())
         await self._journal.flushed()
 
     async def _resume(self) -> None:
         """Learn from the database what was held, and account for every round since then."""
-        await self._journal.flushed()  # what an earlier run of this service left to write
-        now_s = self._clock.now()
-        models = await self._db.read(repositories.load_models)
-        for model in models:
-            known = self.participants.setdefault(model.info.model_id, Participant(model))
-            known.model = model
-        interrupted = await self._db.write(
-            repositories.void_interrupted, "the game stopped while the round was open"
-        )
+        for model in await self._db.read(repositories.load_models):
+            self.participants[model.info.model_id] = Participant(model)
+            self._next_model_no = max(self._next_model_no, model.model_no + 1)
+        reason = "the game stopped while the round was open"
+        if interrupted := await self._db.write(repositories.void_interrupted, reason):
+            log.warning("rounds_interrupted", count=len(interrupted), newest=interrupted[-1])
         newest = await self._db.read(repositories.newest_round_s)
         self._next_round_no = await self._db.read(repositories.next_round_no)
-        missed: list[Round] = []
-        late: list[tuple[int, Setting]] = []
+        now_s = self._clock.now()
+        due: list[tuple[int, Setting]] = []
         for setting in self._config.game.settings:
             held_s = newest.get(setting.key)
-            first_s = now_s - setting.interval_s if held_s is None else max(held_s, now_s - _MISSED_BACK_S)
-            for at_s in schedule.due(setting, first_s, now_s):
-                if self._deadline_s(at_s, setting) > now_s:
-                    late.append((at_s, setting))
-                elif held_s is not None:
-                    reason = "the game was not running"
-                    missed.append(self._round(at_s, setting, RoundStatus.MISSED, reason))
-        missed.sort(key=lambda missed_round: missed_round.scheduled_at_s)
-        if missed:
-            self._journal.append(repositories.record_rounds, missed)
-        if missed or interrupted:
-            log.info("rounds_lost_while_stopped", missed=len(missed), interrupted=len(interrupted))
+            after_s = now_s - setting.interval_s if held_s is None else max(held_s, now_s - _MISSED_BACK_S)
+            due += [
+                (at_s, setting)
+                for at_s in schedule.due(setting, after_s, now_s)
+                if held_s is not None or self._deadline_s(at_s, setting) > now_s
+            ]
         self._held_until_s = now_s
-        self._open_all(sorted(late, key=lambda due: due[0]))
+        self._next_due_s = schedule.next_due(self._config.game.settings, now_s)
+        self._open_all(sorted(due, key=lambda item: item[0]), "the game was not running")
+        self._resumed.set()
 
     async def _hold_rounds(self) -> None:
         settings = self._config.game.settings
         lag_s = _AFTER_THE_TICK_S * self._clock.speed
         while not self._stopping:
-            at_s = schedule.next_due(settings, self._held_until_s)
-            await self._clock.sleep_until(at_s + lag_s)
+            self._next_due_s = schedule.next_due(settings, self._held_until_s)
+            await self._clock.sleep_until(self._next_due_s + lag_s)
             if self._stopping:
                 break
             with self._clock.hold():
                 now_s = self._clock.now()
+                after_s = max(self._held_until_s, now_s - _MISSED_BACK_S)
                 due = [
                     (due_s, setting)
                     for setting in settings
-                    for due_s in schedule.due(setting, self._held_until_s, now_s)
+                    for due_s in schedule.due(setting, after_s, now_s)
                 ]
                 self._held_until_s = now_s
-                self.late_s = self._clock.wall_s(now_s - at_s)
-                self._open_all(sorted(due, key=lambda item: item[0]))
+                self.late_s = self._clock.wall_s(now_s - self._next_due_s)
+                self._open_all(sorted(due, key=lambda item: item[0]), "the process was held up")
                 await asyncio.sleep(0)
 
     async def _heartbeat(self) -> None:
@@ -201,27 +199,38 @@ class PredictLoop:
             round_no=round_no,
         )
 
-    def _open_all(self, due: list[tuple[int, Setting]]) -> None:
+    def _open_all(self, due: list[tuple[int, Setting]], missed_reason: str) -> None:
         """Open the rounds that are due, oldest first; record those that can't be held."""
         now_s = self._clock.now()
-        for at_s, group in groupby(due, key=lambda item: item[0]):
-            opened: list[OpenRound] = []
-            for _, setting in group:
-                stale = self._stale(setting.asset, at_s)
-                if (late := self._deadline_s(at_s, setting)) <= now_s:
-                    reason = f"the process was held up for {self._clock.wall_s(now_s - late):.0f} s"
-                    self._record(self._round(at_s, setting, RoundStatus.MISSED, reason))
-                elif self._feed.finished:
-                    continue
-                elif stale:
-                    self._record(self._round(at_s, setting, RoundStatus.SKIPPED, stale))
-                else:
-                    opened.append(self._open(at_s, setting))
-            if opened:
-                self._journal.append(repositories.open_rounds, [item.round for item in opened])
-                for lane in self._lanes():
-                    for open_round in opened:
-                        lane.ask(open_round)
+        opened: list[OpenRound] = []
+        unheld: list[Round] = []
+        for at_s, setting in due:
+            if self._feed.finished:
+                break
+            if self._deadline_s(at_s, setting) <= now_s:
+                unheld.append(self._round(at_s, setting, RoundStatus.MISSED, missed_reason))
+            elif stale := self._stale(setting.asset, at_s):
+                unheld.append(self._round(at_s, setting, RoundStatus.SKIPPED, stale))
+            else:
+                opened.append(self._open(at_s, setting))
+        if unheld:
+            self._journal.append(repositories.record_rounds, unheld)
+            last = unheld[-1]
+            log.warning(
+                "rounds_not_held",
+                count=len(unheld),
+                newest=last.round_id,
+                status=str(last.status),
+                reason=last.reason,
+            )
+        if opened:
+            self._journal.append(repositories.open_rounds, [item.round for item in opened])
+        for known in self.participants.values():
+            if known.lane is not None:
+                for open_round in opened:
+                    if known.lane.ready:
+                        open_round.asked.add(known.model.model_no)
+                    known.lane.ask(open_round)
 
     def _open(self, at_s: int, setting: Setting) -> OpenRound:
         limits = self._config.predict
@@ -246,38 +255,39 @@ class PredictLoop:
             return f"the newest {asset} price is {age_s} s old (feed.max_staleness: {limit_s} s)"
         return None
 
-    def _record(self, unheld: Round) -> None:
-        self._journal.append(repositories.record_rounds, [unheld])
-        log.warning(
-            "round_not_held", round_id=unheld.round_id, status=str(unheld.status), reason=unheld.reason
-        )
-
     async def _keep(self, open_round: OpenRound) -> None:
         """Close the round at its deadline."""
         await self._clock.sleep_until(open_round.deadline_s)
         if open_round in self.open_rounds:
             self._close(open_round)
 
-    def _close(self, open_round: OpenRound, void_reason: str | None = None) -> None:
-        """Account for every model, move the counters, and have the round stored as closed, or void."""
+    def _close(
+        self, open_round: OpenRound, void_reason: str | None = None, *, cut_short: bool = False
+    ) -> None:
+        """Account for every model, move the counters, and have the round stored as closed, or void.
+
+        `cut_short`: before its deadline, so that who has not answered yet is neither late nor absent.
+        """
         self.open_rounds.remove(open_round)
         self._check_all_answered()
         now_ms = int(self._clock.now() * 1000)
         by_no = {known.model.model_no: known for known in self.participants.values()}
-        silent = [no for no in open_round.asked if no not in open_round.outcomes]
+        silent = [
+            no
+            for no in open_round.asked
+            if no not in open_round.outcomes and not (cut_short and no not in open_round.provisional)
+        ]
         answers = [self._no_answer(open_round, no, now_ms) for no in silent]
         for answer in answers:
             open_round.outcomes[answer.model_no] = answer.status
             by_no[answer.model_no].last_error = answer.detail
-        timed_out = [no for no, status in open_round.outcomes.items() if status is AnswerStatus.TIMEOUT]
-        if not open_round.asked:
-            void_reason = void_reason or "no model was connected"
-        elif len(open_round.asked) >= _SUSPECT_FROM and 2 * len(timed_out) > len(open_round.asked):
-            of_all = f"{len(timed_out)} of {len(open_round.asked)} models"
-            void_reason = f"{of_all} timed out together: the host was at fault"
+        for no in open_round.asked:
+            _note_first_round(by_no[no], open_round)
+        if void_reason is None:
+            void_reason = self._our_fault(open_round, by_no)
         if void_reason is None:
             for no, status in open_round.outcomes.items():
-                self._count(by_no[no], status, stood_in_line=no in open_round.stood_in_line)
+                self._count(by_no[no], status, reached=no in open_round.reached)
         if answers:
             self._journal.append(repositories.add_answers, answers)
         self._journal.append(
@@ -286,9 +296,24 @@ class PredictLoop:
             RoundStatus.VOID if void_reason else RoundStatus.CLOSED,
             void_reason,
             self._absent(open_round),
-            then=partial(self._closed, open_round),
+            then=self._closed,
         )
-        self._journal.append(repositories.save_clock, self._clock.now())
+
+    def _our_fault(self, open_round: OpenRound, by_no: dict[int, Participant]) -> str | None:
+        """Why the round is nobody's fault but the host's: nobody was there, or most fell silent together.
+
+        Only those have a vote who answered before; who is silent for several rounds on end loses it.
+        """
+        if not open_round.asked:
+            return "no model was connected"
+        voters = [no for no in open_round.outcomes if by_no[no].trusted]
+        silent = [by_no[no] for no in voters if open_round.outcomes[no] is AnswerStatus.TIMEOUT]
+        if len(voters) < _SUSPECT_FROM or 2 * len(silent) <= len(voters):
+            return None
+        for known in silent:
+            known.suspected.add(open_round.round.scheduled_at_s)
+            known.trusted = len(known.suspected) < _SUSPECT_AT_MOST
+        return f"{len(silent)} of {len(voters)} models timed out together: the host was at fault"
 
     def _no_answer(self, open_round: OpenRound, model_no: int, now_ms: int) -> Answer:
         lost = open_round.provisional.get(model_no)
@@ -314,7 +339,7 @@ class PredictLoop:
             and (_plays(known) or known.model.last_seen_at_s >= at_s - _KNOWN_FOR_S)
         ]
 
-    def _closed(self, open_round: OpenRound, closed: Round) -> None:
+    def _closed(self, closed: Round) -> None:
         log.info(
             "round_closed" if closed.status is RoundStatus.CLOSED else "round_void",
             round_id=closed.round_id,
@@ -355,21 +380,26 @@ class PredictLoop:
             )
             self._journal.append(repositories.add_answers, [refused])
         open_round.outcomes[model_no] = status
-        if participant.model.first_round_at_s is None:
-            participant.model = replace(participant.model, first_round_at_s=open_round.round.scheduled_at_s)
-        if self._stopping:
-            self._check_all_answered()
+        _note_first_round(participant, open_round)
+        self._check_all_answered()
 
-    def _count(self, participant: Participant, status: AnswerStatus, *, stood_in_line: bool) -> None:
-        """Move the model's counters; at the limit it is reported and disconnected."""
-        limits = self._config.predict
+    def _count(self, participant: Participant, status: AnswerStatus, *, reached: bool) -> None:
+        """Move the model's counters; at the limit it is reported and disconnected.
+
+        A model that was still busy with an earlier call (not `reached`) is counted once a `predict.timeout`.
+        """
+        limits, now_s = self._config.predict, self._clock.now()
         if status is AnswerStatus.SUCCESS:
             participant.consecutive_failures = participant.consecutive_timeouts = 0
+            participant.trusted = True
+            participant.suspected.clear()
             return
         if status is AnswerStatus.FAILED:
             participant.consecutive_failures += 1
-        elif not stood_in_line:
+        elif reached or self._clock.wall_s(now_s - participant.counted_at_s) >= limits.timeout_s:
             participant.consecutive_timeouts += 1
+            participant.counted_at_s = now_s
+            participant.trusted = False
         if participant.consecutive_failures >= limits.max_consecutive_failures:
             reason = (
                 f"{participant.consecutive_failures} failures in a row, the last: {participant.last_error}"
@@ -379,27 +409,26 @@ class PredictLoop:
             reason = f"{participant.consecutive_timeouts} time-outs in a row"
             self._give_up(participant, "MULTIPLE_TIMEOUT", reason)
 
-    def _unanswered(self, open_round: OpenRound) -> set[str]:
-        return {
-            model_id
-            for model_id, known in self.participants.items()
-            if known.model.model_no not in open_round.outcomes
-            and (known.model.model_no in open_round.asked or (known.lane is not None and known.lane.ready))
-        }
-
     def _check_all_answered(self) -> None:
-        if self._stopping and not any(self._unanswered(open_round) for open_round in self.open_rounds):
-            self._all_answered.set()
+        if not self._stopping:
+            return
+        worth_waiting = {
+            known.model.model_no
+            for known in self.participants.values()
+            if known.lane is not None and not known.consecutive_timeouts
+        }
+        for open_round in self.open_rounds:
+            waiting = open_round.asked & worth_waiting
+            if waiting - open_round.outcomes.keys() - open_round.provisional.keys():
+                return
+        self._all_answered.set()
 
     # -- models ------------------------------------------------------------------------------------
 
-    def _lanes(self) -> Iterable[Lane]:
-        return [known.lane for known in self.participants.values() if known.lane is not None]
+    def _connected(self) -> set[int]:
+        return {known.model.model_no for known in self.participants.values() if _plays(known)}
 
-    def _connected(self) -> list[int]:
-        return [known.model.model_no for known in self.participants.values() if _plays(known)]
-
-    def _touch(self, model_nos: list[int]) -> None:
+    def _touch(self, model_nos: set[int]) -> None:
         now_s = int(self._clock.now())
         for known in self.participants.values():
             if known.model.model_no in model_nos:
@@ -407,54 +436,54 @@ class PredictLoop:
         self._journal.append(repositories.touch_models, model_nos, now_s)
 
     def _on_prices(self, assets: frozenset[str]) -> None:
-        for lane in self._lanes():
-            lane.wake()
+        for known in self.participants.values():
+            if known.lane is not None:
+                known.lane.wake()
 
-    def _on_ready(self, connection: Connection) -> None:
-        if self._tasks is not None:
-            self._tasks.start_soon(self._admit, connection, name=f"lane {connection.model_id}")
+    async def _serve(self, connection: Connection) -> None:
+        """Enter the model in the books and serve it in its lane, until the fleet cancels this."""
+        await self._resumed.wait()
+        known = self._enter(connection)
+        known.lane = lane = Lane(known, connection, self._floor, self._clock.now())
+        info = known.model.info
+        log.info("model_joined", model_id=info.model_id, model=info.model_name, player=info.cruncher_name)
+        try:
+            while True:
+                try:
+                    await lane.run()
+                except Exception:
+                    log.exception("lane_failed", model_id=info.model_id)
+                    await asyncio.sleep(_LANE_RESTART_S)
+        finally:
+            if known.lane is lane:
+                known.lane = None
+                self._touch({known.model.model_no})
+            if not self._stopping:
+                log.info("model_left", model_id=info.model_id)
 
-    def _on_gone(self, connection: Connection) -> None:
-        known = self.participants.get(connection.model_id)
-        if known is not None and known.lane is not None and known.lane.connection is connection:
-            lane, known.lane = known.lane, None
-            lane.scope.cancel()
-            self._touch([known.model.model_no])
-            log.info("model_left", model_id=connection.model_id)
-
-    async def _admit(self, connection: Connection) -> None:
-        """Enter the model in the books, then serve it in its lane until it is gone."""
-        info = connection.info
+    def _enter(self, connection: Connection) -> Participant:
+        """The books of a model that has connected; a new deployment starts with a clean slate."""
+        info, now_s = connection.info, int(self._clock.now())
         if info.model_id in self._config.game.benchmarks:
             info = replace(info, benchmark=True)
         known = self.participants.get(info.model_id)
-        now_s = int(self._clock.now())
         if known is None:
-            model = await self._journal.write(repositories.upsert_model, info, now_s)
-            known = self.participants.setdefault(info.model_id, Participant(model))
-        else:
-            self._journal.append(repositories.upsert_model, info, now_s)
-            known.model = replace(known.model, info=info, last_seen_at_s=now_s)
-        if self.fleet.running.get(info.model_id) is not connection:
-            return
-        if connection.fresh:
+            model_no, self._next_model_no = self._next_model_no, self._next_model_no + 1
+            known = self.participants[info.model_id] = Participant(Model(model_no, info, now_s, now_s))
+        elif known.model.info.deployment_id != info.deployment_id:
+            self.forgive(info.model_id)
+        known.model = replace(known.model, info=info, last_seen_at_s=now_s)
+        if connection.fresh or known.watermark_of != info.deployment_id:
             known.watermark = None
-        known.lane = lane = Lane(known, connection, self._floor, self._clock.now())
-        log.info("model_joined", model_id=info.model_id, model=info.model_name, player=info.cruncher_name)
-        while known.lane is lane:
-            try:
-                with anyio.CancelScope() as lane.scope:
-                    await lane.run()
-            except Exception:
-                log.exception("lane_failed", model_id=info.model_id)
-                await asyncio.sleep(_LANE_RESTART_S)
+        self._journal.append(repositories.upsert_model, info, now_s, known.model.model_no)
+        return known
 
     def pause(self, model_id: str) -> None:
         """Start no more calls to this model, connected or not; one under way may finish."""
         self.paused.setdefault(model_id, int(self._clock.now()))
         known = self.participants.get(model_id)
         if known is not None and known.lane is not None:
-            self._touch([known.model.model_no])
+            self._touch({known.model.model_no})
             known.lane.wake()
         self._check_all_answered()
 
@@ -471,7 +500,7 @@ class PredictLoop:
             known.consecutive_failures = known.consecutive_timeouts = 0
             known.last_error = None
 
-    def _setup_missing(self, participant: Participant) -> None:
+    def _set_up_again(self, participant: Participant) -> None:
         if participant.lane is not None:
             self.fleet.reconnect(participant.lane.connection)
 
@@ -480,6 +509,12 @@ class PredictLoop:
         participant.consecutive_failures = participant.consecutive_timeouts = 0
         if participant.lane is not None:
             self.fleet.give_up(participant.lane.connection, code, reason)
+
+
+def _note_first_round(participant: Participant, open_round: OpenRound) -> None:
+    if participant.model.first_round_at_s is None:
+        at_s = open_round.round.scheduled_at_s
+        participant.model = replace(participant.model, first_round_at_s=at_s)
 
 
 def _plays(participant: Participant) -> bool:

@@ -13,8 +13,9 @@ ROOT = Path(condor_lite.__file__).parent
 HOUSE = [
     *("__init__", "errors", "stopping", "watchdog", "clock", "tracker", "game"),
     *("config_values", "config_document", "config_settings", "config_sections", "config", "logs"),
-    *("storage", "prices", "models", "lanes", "predict", "worker", "pool", "scorer", "score"),
-    *("explain", "sums", "report", "check", "scaffold", "supervisor", "cli", "__main__"),
+    *("pacer", "storage", "prices", "models", "lanes", "predict", "worker", "pool", "scorer", "score"),
+    *("explain", "sums", "roster", "table", "control", "report"),
+    *("check", "scaffold", "supervisor", "cli", "__main__"),
 ]
 
 IMPURE = {"asyncio", "anyio", "time", "os", "pathlib", "sqlite3", "socket", "random", "httpx", "structlog"}

@@ -110,18 +110,25 @@ def newest_price_s(conn: sqlite3.Connection, asset: str) -> int | None:
 # Models
 
 
-def upsert_model(conn: sqlite3.Connection, info: ModelInfo, at_s: float) -> Model:
-    """Store what is known of a model that is connected at `at_s`, and its deployment if that is new."""
+def upsert_model(
+    conn: sqlite3.Connection, info: ModelInfo, at_s: float, model_no: int | None = None
+) -> Model:
+    """Store what is known of a model that is connected at `at_s`, and its deployment if that is new.
+
+    `model_no` is the number of one that is new (None: any); the predict loop numbers models itself, to ask
+    before it stores.
+    """
     at_s = int(at_s)
     model_id = _text(info.model_id)
     conn.execute(
-        "INSERT INTO model (model_id, model_name, cruncher_id, cruncher_name, deployment_id, code_hash, "
-        "benchmark, joined_at_s, last_seen_at_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) "
+        "INSERT INTO model (model_no, model_id, model_name, cruncher_id, cruncher_name, deployment_id, "
+        "code_hash, benchmark, joined_at_s, last_seen_at_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
         "ON CONFLICT (model_id) DO UPDATE SET model_name = excluded.model_name, "
         "cruncher_id = excluded.cruncher_id, cruncher_name = excluded.cruncher_name, "
         "deployment_id = excluded.deployment_id, code_hash = excluded.code_hash, "
         "benchmark = excluded.benchmark, last_seen_at_s = max(last_seen_at_s, excluded.last_seen_at_s)",
         (
+            model_no,
             model_id,
             _text(info.model_name),
             _text(info.cruncher_id),
