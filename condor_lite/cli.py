@@ -1,4 +1,7 @@
-"""The command line. Without a verb it runs the game; everything else only reads, or writes new files."""
+"""The command line. Without a verb it runs the game.
+
+Everything else only reads or writes new files; what changes a running game asks it to, over its socket.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,29 @@ def parser() -> argparse.ArgumentParser:
     )
     score.add_argument("round_id", metavar="ROUND_ID", help="such as BTC-3600-60-1700000000")
     score.add_argument("model_id", metavar="MODEL_ID", nargs="?")
+    models = verbs.add_parser(
+        "models",
+        help="every model: its state, how it fared in the last 24 h; pause, resume or restart one",
+        description="Show every model of the game: its state and since when, its deployment, how it fared in "
+        "the rounds of the last 24 h, its median answer time and its last error.",
+    )
+    models.add_argument("--json", action="store_true", help="for scripts: one JSON object")
+    actions = models.add_subparsers(dest="action", metavar="ACTION")
+    for action, what in (
+        (
+            "pause",
+            "neither feed nor ask a model from now on, until it is resumed, even if the game is restarted. A "
+            "paused model is absent in rounds, and counts like one that is not connected",
+        ),
+        ("resume", "undo a pause: the model gets the prices that it missed, and is asked again"),
+        (
+            "restart",
+            "start a model's process anew, also one that was given up; behind a remote orchestrator: connect "
+            "to it and set it up anew",
+        ),
+    ):
+        of_one = actions.add_parser(action, help=what, description=what[0].upper() + what[1:] + ".")
+        of_one.add_argument("model_id", metavar="ID")
     return top
 
 
@@ -52,7 +78,7 @@ def main(argv: list[str]) -> int:
         if arguments.verb in (None, "run"):
             return _run(arguments)
         stopping.restore()
-        return {"check": _check, "init": _init, "score": _score}[arguments.verb](arguments)
+        return _VERBS[arguments.verb](arguments)
     except ConfigError as error:
         _complain("the configuration can't be used:", *(f"  {problem}" for problem in error.problems))
     except CondorError as error:
@@ -139,3 +165,33 @@ def _score(arguments: argparse.Namespace) -> int:
         for line in lines:
             print(line)
     return 0
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from contextlib import closing
+
+    import msgspec
+    import orjson
+
+    from condor_lite import control, roster, table
+    from condor_lite.storage.database import open_read_only
+
+    config = _config(arguments)
+    database = config.storage.path
+    if arguments.action is not None:
+        print(control.call(database, arguments.action, model_id=arguments.model_id))
+        return 0
+    try:
+        listing = msgspec.convert(control.call(database, "models"), roster.Listing)
+    except control.NoGame:
+        with closing(open_read_only(database)) as connection:
+            listing = roster.stored(connection, config.game.name)
+    if arguments.json:
+        print(orjson.dumps(listing, option=orjson.OPT_INDENT_2).decode())
+    else:
+        for line in table.lines(listing):
+            print(line)
+    return 0
+
+
+_VERBS = {"check": _check, "init": _init, "score": _score, "models": _models}

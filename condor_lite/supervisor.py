@@ -17,6 +17,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from condor_lite import __version__, stopping
 from condor_lite.clock import Clock, GameClock
 from condor_lite.config import Config
+from condor_lite.control import Control
 from condor_lite.errors import CondorError
 from condor_lite.game.entities import Round
 from condor_lite.models.orchestrator import Orchestrator
@@ -26,6 +27,7 @@ from condor_lite.prices.replay import ReplaySource
 from condor_lite.report import server
 from condor_lite.report.api import create_app
 from condor_lite.report.live import Live
+from condor_lite.roster import Roster
 from condor_lite.score import ScoreLoop
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
@@ -119,7 +121,7 @@ class Game:
         self.score.wake()
 
     def _connected(self) -> frozenset[str]:
-        return frozenset(self.predict.fleet.running)
+        return frozenset(self.predict.fleet.running.keys() - self.predict.paused.keys())
 
     def problems(self) -> list[str]:
         """What keeps the game from being well, in words; empty when it is."""
@@ -208,6 +210,7 @@ async def _start(
 ) -> Game:
     """Start every service, the models' processes first: they take longest."""
     models: list[Service] = []
+    orchestrator: Orchestrator | None = None
     port = config.orchestrator.port
     if config.orchestrator.mode == "local":
         orchestrator = Orchestrator(config, config.storage.path.parent)
@@ -216,8 +219,11 @@ async def _start(
         port = orchestrator.port
     game = Game(config, clock, db, source, port)
     await game.feed.start()
+    roster = Roster(config.game.name, clock, db, game.journal, game.predict, orchestrator)
+    await roster.start()
     game.web = server.Server(create_app(game.live, db.reports), socket)
     started = [
+        Service("control", Control(db.path, roster.commands).run),
         Service("predict", game.predict.run),
         Service("fleet", game.predict.fleet.run),
         Service("score", game.score.run),
@@ -228,7 +234,7 @@ async def _start(
     ]
     for service in started:
         tasks.start_soon(service.serve, name=service.name)
-    game.services = [*started[:2], *models, *started[2:]]  # in the order in which they are stopped
+    game.services = [*started[:3], *models, *started[3:]]  # in the order in which they are stopped
     _announce(config, source, game.web.url)
     gc.collect()
     gc.freeze()  # a full collection of what start-up made would hold the loop 25 to 44 ms
