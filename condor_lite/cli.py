@@ -120,10 +120,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     writer = logs.configure(config.log)
     try:
-        asyncio.run(supervisor.run(config))
+        stored = asyncio.run(supervisor.run(config))
     finally:
         writer.close(wait_s=2.0)
-    return 0
+    return 0 if stored else 1
 
 
 def _check(arguments: argparse.Namespace) -> int:

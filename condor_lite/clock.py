@@ -20,6 +20,11 @@ class Clock(Protocol):
 
     speed: float
 
+    @property
+    def stands_still_for_s(self) -> float:
+        """How long (wall) the game's time will stand still; 0 nearly always."""
+        ...
+
     def now(self) -> float:
         """The game's time, epoch seconds."""
         ...
@@ -40,24 +45,36 @@ class Clock(Protocol):
 class GameClock:
     """The wall's clock, or from `start_s` on one that runs `speed` times faster than the wall's.
 
-    Without `start_s` it is the wall's clock itself, and `speed` must be 1.
+    Without `start_s` it is the wall's clock itself, except that it never goes back, also not behind
+    `not_before_s`: where somebody sets the wall's back, the game stands still until it has caught up.
     """
 
-    def __init__(self, start_s: float | None = None, speed: float = 1.0) -> None:
+    _LONGEST_SLEEP_S = 5.0  # on the wall: a clock that is set forward is noticed within that
+
+    def __init__(
+        self, start_s: float | None = None, speed: float = 1.0, *, not_before_s: float = 0.0
+    ) -> None:
         if start_s is None and speed != 1.0:
             raise ValueError("a clock with a speed needs a start")
         self.speed = speed
         self._start_s = start_s
         self._origin_s = time.monotonic()
+        self._latest_s = not_before_s
 
     def now(self) -> float:
-        if self._start_s is None:
-            return time.time()
-        return self._start_s + (time.monotonic() - self._origin_s) * self.speed
+        if self._start_s is not None:
+            return self._start_s + (time.monotonic() - self._origin_s) * self.speed
+        self._latest_s = max(self._latest_s, time.time())
+        return self._latest_s
+
+    @property
+    def stands_still_for_s(self) -> float:
+        """How long the game's time will stand still, because the wall's clock was set back."""
+        return max(self._latest_s - time.time(), 0.0) if self._start_s is None else 0.0
 
     async def sleep_until(self, at_s: float) -> None:
         while (left_s := at_s - self.now()) > 0:  # noqa: ASYNC110 - a clock has no event
-            await asyncio.sleep(left_s / self.speed)
+            await asyncio.sleep(min(left_s / self.speed + self.stands_still_for_s, self._LONGEST_SLEEP_S))
 
     def wall_s(self, game_s: float) -> float:
         return game_s / self.speed
@@ -84,6 +101,10 @@ class SteppedClock:
         self._holds = 0
         self._free = asyncio.Event()
         self._free.set()
+
+    @property
+    def stands_still_for_s(self) -> float:
+        return 0.0
 
     def now(self) -> float:
         return self._now_s

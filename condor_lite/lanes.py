@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
 import orjson
@@ -21,7 +21,7 @@ from condor_lite.clock import Clock
 from condor_lite.game.entities import AnswerStatus, Model, Round
 from condor_lite.models.runner import Connection, Outcome, Reply, tick_request
 from condor_lite.pacer import Pacer
-from condor_lite.prices.book import PriceBook
+from condor_lite.prices.book import PriceBook, Prices, Times
 
 log = structlog.get_logger()
 
@@ -31,6 +31,7 @@ _HISTORY_PAUSE_S = 0.02  # between the sends of 5 MB each to two newcomers (20 a
 _BUSY_PAUSE_S = 0.25
 _STARTS_A_TURN = 8  # of calls in one turn of the event loop
 _CACHED_TICKS = 16
+_PIECE = 1440  # points: a day of minutes, encoded in about 0.3 ms
 
 _HANDED_OVER = (
     Outcome.SUCCESS,
@@ -134,9 +135,23 @@ class Ticks:
         async with self._history_lock:
             newest = self._newest(until_s)
             if self._history is None or self._history[0] != newest:
-                data = await asyncio.to_thread(lambda: orjson.dumps(self._book.history(max(newest))))
+                data = await asyncio.to_thread(_encode, self._book.history(max(newest)))
                 self._history = (newest, Tick(tick_request(data), newest))
             return self._history[1]
+
+
+def _encode(history: Mapping[str, tuple[Times, Prices]]) -> bytes:
+    """`{asset: [[timestamp, price], ...]}` as JSON, in pieces: others go on only between two of them."""
+    assets = []
+    for asset, (ts_s, price) in history.items():
+        pieces = [
+            orjson.dumps(
+                list(zip(ts_s[at : at + _PIECE].tolist(), price[at : at + _PIECE].tolist(), strict=True))
+            )[1:-1]
+            for at in range(0, len(ts_s), _PIECE)
+        ]
+        assets.append(orjson.dumps(asset) + b":[" + b",".join(pieces) + b"]")
+    return b"{" + b",".join(assets) + b"}"
 
 
 class HistoryGate:

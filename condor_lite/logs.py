@@ -57,6 +57,8 @@ class _Writer:
                     self._stream.write(f"{dropped} log lines were dropped: nobody read them\n")
                 if self._lines.empty():
                     self._stream.flush()
+            except UnicodeEncodeError:  # a name that the console can't show
+                self._stream.write(text.encode("ascii", "backslashreplace").decode())
             except (OSError, ValueError):  # the reader is gone; the game goes on without a log
                 continue
 

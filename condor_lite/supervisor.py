@@ -18,7 +18,6 @@ from condor_lite import __version__, stopping
 from condor_lite.clock import Clock, GameClock
 from condor_lite.config import Config
 from condor_lite.control import Control
-from condor_lite.errors import CondorError
 from condor_lite.game.entities import Round
 from condor_lite.models.orchestrator import Orchestrator
 from condor_lite.predict import PredictLoop
@@ -43,33 +42,37 @@ _STORE_WAIT_S = 3.0
 
 
 class Service:
-    """One named part of the game. When it raises, that is logged, and it is started again after a pause.
+    """One named part of the game. When it fails, that is logged, and it is started again after a pause.
 
-    A part that says when it has started (`run` takes `task_status`) may refuse to start with a CondorError.
+    A part that says when it has started (`run` takes `task_status`) may fail before that: nothing is retried
+    then. Only one that `may_end` may return.
     """
 
-    def __init__(self, name: str, run: Callable[..., Awaitable[None]]) -> None:
+    def __init__(self, name: str, run: Callable[..., Awaitable[None]], *, may_end: bool = False) -> None:
         self.name = name
         self.failure: str | None = None
         """Why it is not running, None while it is."""
         self.restarts = 0
         self._run = run
+        self._may_end = may_end
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
 
-    async def serve(self, *, task_status: TaskStatus[None] | None = None) -> None:
+    async def serve(self, *, task_status: TaskStatus[object] | None = None) -> None:
         """Run until stopped."""
         pause_s = _RESTART_FIRST_S
-        first = {} if task_status is None else {"task_status": task_status}
+        starting = _Starting(task_status) if task_status is not None else None
         try:
             with self._scope:
                 while True:
                     started_s = time.monotonic()
                     try:
-                        await self._run(**first)
-                        return
+                        await (self._run(task_status=starting) if starting else self._run())
+                        if self._may_end:
+                            return
+                        raise RuntimeError("it ended by itself")
                     except Exception as error:
-                        if first and isinstance(error, CondorError):
+                        if starting is not None and not starting.done:
                             raise
                         if time.monotonic() - started_s > _HEALTHY_AFTER_S:
                             pause_s = _RESTART_FIRST_S
@@ -78,7 +81,7 @@ class Service:
                         log.exception("service_failed", service=self.name, restart_in_s=pause_s)
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _RESTART_MOST_S)
-                    self.failure, first = None, {}
+                    self.failure, starting = None, None
                     log.info("service_restarted", service=self.name)
         finally:
             self._ended.set()
@@ -87,6 +90,18 @@ class Service:
         """Cancel it and wait until it has ended."""
         self._scope.cancel()
         await self._ended.wait()
+
+
+class _Starting:
+    """Passes on that a service has started, and remembers it."""
+
+    def __init__(self, task_status: TaskStatus[object]) -> None:
+        self._task_status = task_status
+        self.done = False
+
+    def started(self, value: object = None) -> None:
+        self.done = True
+        self._task_status.started(value)
 
 
 class Game:
@@ -136,6 +151,8 @@ class Game:
             found.append("the orchestrator is not connected")
         if self.predict.late_s > 1.0:
             found.append(f"the newest rounds opened {self.predict.late_s:.1f} s late")
+        if (still_s := self.clock.stands_still_for_s) > 1.0:
+            found.append(f"the machine's clock was set back: the game stands still for {still_s:.0f} s")
         if self.journal.failing:
             found.append(f"the database can't be written: {self.journal.failing}")
         return found
@@ -146,25 +163,29 @@ def _clock(config: Config, source: Source, stored_s: float | None) -> Clock:
     if isinstance(source, ReplaySource):
         start_s = config.game.start_s or source.default_start_s
         return GameClock(max(start_s, stored_s or 0.0), config.game.speed)
-    if config.game.speed != 1.0 or (stored_s is not None and stored_s > time.time() + 1):
+    if source.simulated and (config.game.speed != 1.0 or (stored_s or 0.0) > time.time() + 1):
         return GameClock(stored_s if stored_s is not None else time.time(), config.game.speed)
-    return GameClock()
+    return GameClock(not_before_s=stored_s or 0.0)
 
 
-async def run(config: Config) -> None:
-    """Run the game until it is asked to stop.
+async def run(config: Config) -> bool:
+    """Run the game until it is asked to stop; whether everything could be stored.
 
     Raises CondorError (StartError, StorageError, ConfigError) where it can't start.
     """
     stop = asyncio.Event()
     stopping.when_asked(partial(_ask_to_stop, asyncio.get_running_loop(), stop))
     try:
-        async with playing(config):
+        async with playing(config) as game:
             await stop.wait()
             log.info("stopping", grace_s=config.game.shutdown_grace_s)
     finally:
         stopping.when_asked(None)
-    log.info("stopped", stored="everything")
+    if game.journal.waiting:
+        log.error("stopped", not_stored=game.journal.waiting, why=game.journal.failing)
+    else:
+        log.info("stopped", stored="everything")
+    return not game.journal.waiting
 
 
 def _ask_to_stop(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
@@ -227,7 +248,7 @@ async def _start(
         Service("predict", game.predict.run),
         Service("fleet", game.predict.fleet.run),
         Service("score", game.score.run),
-        Service("feed", game.feed.run),
+        Service("feed", game.feed.run, may_end=True),
         Service("journal", game.journal.run),
         Service("report", game.web.run),
         Service("watchdog", game.watchdog.run),
@@ -245,9 +266,12 @@ async def _stop(game: Game) -> None:
     grace_s = game.config.game.shutdown_grace_s
     with anyio.move_on_after(grace_s + _STORE_WAIT_S):
         await game.predict.finish(grace_s)
+    game.journal.append(repositories.save_clock, game.clock.now())
     for service in game.services:
+        if service.name == "journal":  # nobody writes to it any more
+            with anyio.move_on_after(_STORE_WAIT_S):
+                await game.journal.flushed()
         await service.stop()
-    await game.db.write(repositories.save_clock, game.clock.now())
 
 
 def _announce(config: Config, source: Source, url: str) -> None:

@@ -96,7 +96,7 @@ async def test_the_writer_is_durable_and_holds_the_rules(db: Database) -> None:
         "journal_mode": "wal",
         "synchronous": 2,
         "foreign_keys": 1,
-        "busy_timeout": 5000,
+        "busy_timeout": 2000,
         "user_version": len(MIGRATIONS),
     }
 

@@ -173,7 +173,7 @@ async def test_a_fine_tick_needs_only_minutes_of_history_but_for_the_last_hour(d
     await feed.start()
     times_s = list(held(feed, "BTC"))
     assert len(times_s) == 23 * 60 + 720
-    assert len(feed.book.history(T)["BTC"]) == 1440
+    assert len(feed.book.history(T)["BTC"][0]) == 1440
 
 
 async def test_a_live_source_is_asked_once_the_candle_is_there_in_pages_it_can_answer(db: Database) -> None:

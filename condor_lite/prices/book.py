@@ -90,14 +90,13 @@ class PriceBook:
                 found[asset] = _points(ts_s[first:end], price[first:end])
         return found
 
-    def history(self, until_s: int) -> dict[str, list[Point]]:
+    def history(self, until_s: int) -> dict[str, tuple[Times, Prices]]:
         """Per asset the last `history_s` up to `until_s`, at the tick's resolution but never finer than one
         minute.
 
-        The newest point is there in any case, so that nothing lies between the history and the tick after
-        it. Takes milliseconds for a long history: meant for a thread beside the event loop.
+        The newest point is there in any case, so that nothing lies between the history and the tick after it.
         """
-        found: dict[str, list[Point]] = {}
+        found: dict[str, tuple[Times, Prices]] = {}
         for asset, column in list(self._columns.items()):
             ts_s, price = column.read()
             first = int(np.searchsorted(ts_s, until_s - self._history_s, side="right"))
@@ -107,7 +106,7 @@ class PriceBook:
             ts_s, price = ts_s[first:end], price[first:end]
             wanted = ts_s % self._step_s == 0
             wanted[-1] = True
-            found[asset] = _points(ts_s[wanted], price[wanted])
+            found[asset] = ts_s[wanted], price[wanted]
         return found
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from condor_lite.errors import StorageError, StorageUnavailable
 from condor_lite.storage.schema import MIGRATIONS
 
-BUSY_TIMEOUT_S = 5.0
+BUSY_TIMEOUT_S = 2.0  # whoever writes tries again by itself
 APPLICATION_ID = 0x436F6E4C  # "ConL" in the file's header: tells our file from any other program's
 
 _OLDEST_SQLITE = (3, 37, 0)  # STRICT tables

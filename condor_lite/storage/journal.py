@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 _GROUP = 128  # entries a transaction: other writers get their turn in between
 _RETRY_FIRST_S = 0.1
-_RETRY_MOST_S = 5.0
+_RETRY_MOST_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class Journal:
                 self.failing, pause_s = None, _RETRY_FIRST_S
             for entry, result in results:
                 if entry.then is not None:
-                    entry.then(result)
+                    _call(entry.then, result)
 
     async def _write(self, group: list[_Entry]) -> list[tuple[_Entry, Any]]:
         """Write `group` in one transaction, or entry by entry where one of them can't be written at all."""
@@ -132,12 +132,19 @@ class Journal:
                 return await self._write(group[:1])
             log.exception("journal_entry_dropped", what=group[0].apply.__name__)
             if group[0].lost is not None:
-                group[0].lost(error)
+                _call(group[0].lost, error)
             results = []
         for entry in group:
             self._entries.popleft()
             self._waiting_bytes -= entry.size
         return list(zip(group, results, strict=False))
+
+
+def _call(callback: Callable[[Any], None], result: Any) -> None:
+    try:
+        callback(result)
+    except Exception:  # one listener's trouble is not the others'
+        log.exception("journal_callback_failed")
 
 
 def _apply(connection: sqlite3.Connection, group: list[_Entry]) -> list[Any]:
