@@ -9,18 +9,21 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from condor_lite.clock import Clock
 from condor_lite.errors import CondorError
 from condor_lite.game.entities import AnswerStatus, Model, ModelInfo
-from condor_lite.lanes import Lane
 from condor_lite.models.local import LocalModelState, LocalState
-from condor_lite.models.orchestrator import Orchestrator
-from condor_lite.predict import PredictLoop
 from condor_lite.storage import repositories, roster
-from condor_lite.storage.database import Database
-from condor_lite.storage.journal import Journal
 from condor_lite.storage.roster import Recent, Tally
+
+if TYPE_CHECKING:  # a command that asks a game need not load what runs one
+    from condor_lite.lanes import Lane
+    from condor_lite.models.orchestrator import Orchestrator
+    from condor_lite.predict import PredictLoop
+    from condor_lite.storage.database import Database
+    from condor_lite.storage.journal import Journal
 
 _LATELY_S = 86400  # of the game's time
 _STORE_WAIT_S = 5.0

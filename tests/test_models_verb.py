@@ -1,0 +1,142 @@
+"""`condor-lite models` against the program as it is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from condor_lite import control
+from tests.test_program import program
+
+GAME = """
+[[game.settings]]
+assets = ["BTC"]
+horizon = "10s"
+step = "5s"
+interval = "5s"
+
+[feed]
+tick = "5s"
+history = "10m"
+
+[predict]
+timeout = "1s"
+
+[scoring]
+workers = 1
+
+[orchestrator]
+port = 0
+models = "models"
+"""
+
+MODEL = """
+from condor_lite.tracker import TrackerBase
+
+
+class Model(TrackerBase):
+    def predict(self, asset, horizon, step):
+        density = {"type": "builtin", "name": "norm", "params": {"loc": 0.0, "scale": 0.001}}
+        return self.flat(density, horizon, step)
+"""
+
+
+@pytest.fixture
+def challenge(tmp_path: Path) -> Path:
+    (tmp_path / "config.toml").write_text(GAME)
+    for model_id in ("calm", "wild"):
+        (tmp_path / "models" / model_id).mkdir(parents=True)
+        (tmp_path / "models" / model_id / "main.py").write_text(MODEL)
+    (tmp_path / "models" / "empty").mkdir()
+    (tmp_path / "models" / "empty" / "model.toml").write_text('name = "No code"')
+    return tmp_path
+
+
+def verb(folder: Path, *arguments: str) -> tuple[int, str]:
+    """The exit code and all that was said."""
+    done = subprocess.run(
+        [sys.executable, "-m", "condor_lite", "models", *arguments],
+        cwd=folder,
+        env=dict(os.environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout
+
+
+def models(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the running game says of its models; nothing while it starts."""
+    try:
+        listing = control.call(folder / "data" / "condor.db", "models")
+    except control.ControlError:
+        return {}
+    return {line["model_id"]: line for line in listing["models"]}
+
+
+def test_models_are_shown_paused_resumed_and_restarted(challenge: Path) -> None:
+    code, said = verb(challenge)
+    assert code == 2
+    assert "there is no database at" in said
+
+    with program(challenge) as first:
+        first.until(lambda: models(challenge).get("wild", {}).get("answered"))
+        found = models(challenge)
+        assert {model_id: line["state"] for model_id, line in found.items()} == {
+            "calm": "ready",
+            "wild": "ready",
+            "empty": "rejected",
+        }
+        assert "no main.py" in found["empty"]["reason"]
+        code, said = verb(challenge)
+        assert code == 0
+        assert [line.split()[0] for line in said.splitlines()[:4]] == ["model", "calm", "empty", "wild"]
+
+        assert verb(challenge, "pause", "wlid") == (
+            2,
+            "condor-lite: no model has the id 'wlid'; did you mean wild?\n",
+        )
+        code, said = verb(challenge, "pause", "wild")
+        assert (code, said[:15]) == (0, "wild is paused:")
+        assert {row["model_id"]: row["status"] for row in first.get("/reports/leaderboard")}[
+            "wild"
+        ] == "STOPPED"
+        first.end(signal.SIGKILL)
+
+    assert (challenge / "data" / "condor.db.sock").exists(), "a killed game leaves its socket"
+    code, said = verb(challenge)
+    assert code == 0
+    assert said.startswith("no game is running; this is how condor-lite was left at")
+    code, said = verb(challenge, "--json")
+    assert code == 0
+    assert {line["model_id"]: line["state"] for line in json.loads(said)["models"]}["wild"] == "paused"
+    code, said = verb(challenge, "resume", "wild")
+    assert code == 2
+    assert "no game is running on" in said
+
+    with program(challenge) as second:
+        second.until(lambda: models(challenge).get("calm", {}).get("state") == "ready")
+        wild = models(challenge)["wild"]
+        assert wild["state"] == "paused"
+        code, said = verb(challenge, "restart", "wild")
+        assert (code, said) == (0, "a new process of wild is being started, and stays paused\n")
+        second.until(lambda: models(challenge)["wild"]["deployment_id"] != wild["deployment_id"])
+        control.call(challenge / "data" / "condor.db", "resume", model_id="wild")
+        second.until(lambda: models(challenge)["wild"]["answered"] > wild["answered"])
+        now = models(challenge)["wild"]
+        assert now["state"] == "ready"
+        assert now["last_error"] is None
+        code, said = verb(challenge, "restart", "empty")
+        assert code == 2
+        assert "empty can't be started: there is no main.py" in said
+        assert second.end() == 0
+    assert not (challenge / "data" / "condor.db.sock").exists()
+    assert "Traceback" not in second.console.read_text()
