@@ -109,23 +109,25 @@ async def staged(folder: Path, text: str = CONFIG, start_s: float = START_S + 1)
     await orchestrator.start()
     clock = SteppedClock(start_s)
     closed: list[Round] = []
-    async with Database(config.storage.path) as db:
-        journal = Journal(db)
-        source = make_source(config)
-        feed = Feed(config, clock, db, source)
-        await feed.start()
-        predict = PredictLoop(config, clock, db, journal, feed, orchestrator.port, closed.append)
-        stage = Stage(config, clock, db, journal, feed, predict, orchestrator, closed)
-        async with anyio.create_task_group() as tasks:
-            for run in (journal.run, predict.fleet.run, feed.run, predict.run):
-                tasks.start_soon(run)
-            await until(lambda: predict.fleet.connected)
-            try:
-                yield stage
-            finally:
-                tasks.cancel_scope.cancel()
-                with anyio.CancelScope(shield=True):
-                    for model in stage.models:
-                        await model.stop()
-        await source.aclose()
-    await orchestrator.stop()
+    try:
+        async with Database(config.storage.path) as db:
+            journal = Journal(db)
+            source = make_source(config)
+            feed = Feed(config, clock, db, source)
+            await feed.start()
+            predict = PredictLoop(config, clock, db, journal, feed, orchestrator.port, closed.append)
+            stage = Stage(config, clock, db, journal, feed, predict, orchestrator, closed)
+            async with anyio.create_task_group() as tasks:
+                for run in (journal.run, predict.fleet.run, feed.run, predict.run):
+                    tasks.start_soon(run)
+                await until(lambda: predict.fleet.connected)
+                try:
+                    yield stage
+                finally:
+                    tasks.cancel_scope.cancel()
+                    with anyio.CancelScope(shield=True):
+                        for model in stage.models:
+                            await model.stop()
+            await source.aclose()
+    finally:
+        await orchestrator.stop()

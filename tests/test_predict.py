@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
+from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest, CallResponse
 
 from condor_lite.game.entities import RoundStatus
 from tests import fleet
@@ -117,6 +119,110 @@ async def test_when_most_models_time_out_together_the_round_is_void_and_no_count
         assert void
         assert all("host was at fault" in (closed.reason or "") for closed in void)
         assert all(not known.consecutive_timeouts for known in stage.predict.participants.values())
+
+
+async def test_models_that_stay_silent_together_are_given_up_and_void_no_more_rounds(tmp_path: Path) -> None:
+    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "1s"')) as stage:
+        good = ModelServer("good")
+        await stage.join(good, ModelServer("h1", fleet.hangs), ModelServer("h2", fleet.hangs))
+        await stage.play(100)
+        await until(lambda: {report["model_id"] for report in stage.orchestrator.reports} == {"h1", "h2"})
+        assert list(stage.predict.fleet.running) == ["good"]
+        assert stage.closed[-1].status is RoundStatus.CLOSED
+        assert all(
+            known.suspected == set() or not known.trusted for known in stage.predict.participants.values()
+        )
+
+
+async def test_a_model_that_is_stuck_on_one_call_is_given_up(tmp_path: Path) -> None:
+    stuck = ModelServer("stuck", fleet.BEHAVIOURS["deaf"])
+    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "1s"')) as stage:
+        await stage.join(stuck, ModelServer("good"))
+        await stage.play(60)
+        await until(lambda: stage.orchestrator.reports)
+        assert stage.orchestrator.reports[0]["failure_code"] == "MULTIPLE_TIMEOUT"
+        answers = await stage.answers()
+        assert {status for (model_id, _), (status, _) in answers.items() if model_id == "good"} == {"SUCCESS"}
+
+
+async def test_an_instance_that_was_set_up_before_by_the_orchestrator_gets_the_history(
+    tmp_path: Path,
+) -> None:
+    old, new = ModelServer("a", instance=True), ModelServer("a", deployment=2, instance=True)
+    async with staged(tmp_path) as stage:
+        await stage.join(old)
+        assert len(old.ticks[0]["BTC"]) >= 59
+        await stage.play(15)
+        await new.start()
+        stage.models.append(new)
+        await stage.orchestrator.announce(new)
+        await until(lambda: new.ticks)
+        assert len(new.ticks[0]["BTC"]) >= 59
+
+
+async def test_a_new_deployment_starts_with_a_clean_slate(tmp_path: Path) -> None:
+    bad, mended = ModelServer("a", fleet.raises), ModelServer("a", deployment=2)
+    async with staged(tmp_path) as stage:
+        await stage.join(bad, ModelServer("b"))
+        await stage.play(15)
+        assert stage.predict.participants["a"].consecutive_failures == 2
+        await mended.start()
+        stage.models.append(mended)
+        await stage.orchestrator.announce(mended)
+        await until(lambda: mended.ticks)
+        assert stage.predict.participants["a"].consecutive_failures == 0
+
+
+async def test_a_model_that_never_lasts_is_set_up_ever_more_rarely_and_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never_lasts(model: ModelServer, request: CallRequest) -> CallResponse:
+        model.instance = False
+        return fleet.refusal("FAILED_PRECONDITION", "Setup has not been called yet")
+
+    monkeypatch.setattr("condor_lite.models.fleet._SETUP_PAUSE_S", 0.01)
+    model = ModelServer("a", never_lasts)
+    async with staged(tmp_path) as stage:
+        await model.start()
+        stage.models.append(model)
+        await stage.orchestrator.announce(model)
+        await until(lambda: stage.orchestrator.reports)
+        assert stage.orchestrator.reports[0]["failure_code"] == "MULTIPLE_FAILED"
+        assert model.setups < 10
+
+
+async def test_the_same_announcement_twice_is_one_connection(tmp_path: Path) -> None:
+    model = ModelServer("a")
+    async with staged(tmp_path) as stage:
+        await model.start()
+        stage.models.append(model)
+        await stage.orchestrator.announce(model)
+        await stage.orchestrator.announce(model)
+        await until(lambda: stage.ready("a"))
+        await stage.play(20)
+        assert model.setups == 1
+        await stage.orchestrator.announce(model, state="STOPPED")
+        await until(lambda: not stage.predict.fleet.running)
+        assert stage.predict.participants["a"].lane is None
+
+
+async def test_a_malformed_init_removes_nobody(tmp_path: Path) -> None:
+    async with staged(tmp_path) as stage:
+        await stage.join(ModelServer("a"))
+        for message in (
+            '{"event": "init", "data": {}}',
+            '{"event": "init"}',
+            "[]",
+            "null",
+            "\x00",
+            '{"event": 5}',
+        ):
+            await stage.orchestrator.send(message)
+        unclear = {**stage.orchestrator.entries["a"], "port": "many"}
+        await stage.orchestrator.send(json.dumps({"event": "init", "data": [unclear, 5]}))
+        await stage.orchestrator.send(json.dumps({"event": "update", "data": [stage.models[0].entry()]}))
+        await stage.play(20)
+        assert stage.ready("a")
 
 
 async def test_a_model_that_restarted_without_setup_is_set_up_again_with_its_history(tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ async def hangs_in_tick(model: ModelServer, request: CallRequest) -> Wire:
 async def deaf(model: ModelServer, request: CallRequest) -> Wire:
     """Works on after its caller gave up, as the public server does: the next call is refused as busy."""
     if request.methodName == "predict":
-        await asyncio.shield(asyncio.ensure_future(asyncio.sleep(3600)))
+        model.stuck = True
+        await hang()
     return await answers_well(model, request)
 
 

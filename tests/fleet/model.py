@@ -99,6 +99,7 @@ class ModelServer:
     compression: grpc.Compression | None = None
     credentials: grpc.ServerCredentials | None = None
     remember: bool = True
+    stuck: bool = False
     setups: int = 0
     calls: int = 0
     ticks: list[dict[str, list[list[float]]]] = field(default_factory=list)
@@ -135,7 +136,7 @@ class ModelServer:
         if self._server is not None:
             server, self._server = self._server, None
             await server.stop(None)
-        self.instance = self._busy = False
+        self.instance = self._busy = self.stuck = False
 
     async def restart(self) -> None:
         """End the process, as it were, and start another one on the same port: its instance is gone."""
@@ -147,7 +148,7 @@ class ModelServer:
         return await self.setup(self, request)
 
     async def Call(self, request: CallRequest, context: Any) -> Wire:  # noqa: N802
-        if self._busy:
+        if self._busy or self.stuck:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Server busy")
         if not self.instance:
             return refusal("FAILED_PRECONDITION", "Setup has not been called yet")
