@@ -54,6 +54,7 @@ FILE_NAME = "config.toml"
 DEMO = Path(__file__).with_name("demo.toml")
 
 _FEWEST_TICKS = 3  # of history: less does not let a model measure anything
+_MOST_TICKS_A_SECOND = 50  # on the wall: more can't be told apart from the rounds that follow them
 _CREDENTIALS = ("ca.crt", "tls.crt", "tls.key")
 
 
@@ -121,6 +122,9 @@ def _check_feed(document: Document, config: Config) -> None:
             _check_recording(document, config)
         elif game.start_s is not None:
             document.complain("game.start", 'is for feed.source = "replay" only: leave it out')
+    if document.is_sound("feed.tick", "game.speed") and game.speed > feed.tick_s * _MOST_TICKS_A_SECOND:
+        right = f"must be at most {feed.tick_s * _MOST_TICKS_A_SECOND}: a tick then takes 20 ms"
+        document.complain("game.speed", right)
     if document.is_sound("feed.tick", "feed.history") and feed.history_s < _FEWEST_TICKS * feed.tick_s:
         right = f'must be at least {_FEWEST_TICKS} ticks of "{shown_duration(feed.tick_s)}"'
         document.complain("feed.history", right)

@@ -470,3 +470,10 @@ def test_the_table_has_a_row_for_every_key() -> None:
     rows = table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [key.name for key in keys()]
     assert all(row.replace(r"\|", "").count("|") == 4 for row in rows)
+
+
+def test_a_speed_at_which_ticks_run_together_is_refused(problems: Callable[..., list[str]]) -> None:
+    found = problems("[game]\nspeed = 251\n[feed]\ntick = 5\n")
+    assert len(found) == 1
+    assert "game.speed" in found[0]
+    assert "at most 250" in found[0]
