@@ -22,6 +22,7 @@ from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest,
 from condor_lite import control, roster, table
 from condor_lite.control import Control, ControlError, NoGame, socket_path
 from condor_lite.errors import CondorError
+from condor_lite.models.local import LocalState
 from condor_lite.roster import Listing, ModelLine, Roster
 from condor_lite.storage.database import open_read_only
 from condor_lite.storage.lock import GameLock
@@ -29,6 +30,8 @@ from condor_lite.storage.roster import recent, tally
 from tests import fleet
 from tests.fleet import ModelServer
 from tests.stage import CONFIG, START_S, Stage, staged, until
+from tests.test_orchestrator import RUNNING, add_model, all_in, coordinating, orchestrating
+from tests.test_orchestrator import until as in_state
 
 pytestmark = pytest.mark.anyio
 
@@ -374,6 +377,27 @@ async def test_a_restart_behind_a_remote_orchestrator_sets_a_model_up_again(tmp_
         assert "the orchestrator is asked again" in await call(stage.db.path, "restart", model_id="bad")
         await until(lambda: stage.ready("bad"))
         assert (await lines(stage))["bad"]["state"] == "ready"
+
+
+async def test_a_restart_brings_back_a_local_model_that_was_reported_and_replaces_one_that_runs(
+    tmp_path: Path,
+) -> None:
+    add_model(tmp_path, "good")
+    async with orchestrating(tmp_path) as local:
+        first = (await in_state(local, RUNNING))["good"].deployment_id
+        async with coordinating(local) as coordinator:
+            await coordinator.entries(1)
+            await coordinator.report("good")
+            assert await coordinator.entries(1) == [("good", "STOPPED", first)]
+            await in_state(local, all_in(LocalState.REPORTED))
+            assert local.restart("good")
+            second = (await in_state(local, RUNNING))["good"].deployment_id
+            assert await coordinator.entries(1) == [("good", "RUNNING", second)]
+            assert local.restart("good")
+            running, stopped = await coordinator.entries(2)
+            assert (running[:2], stopped) == (("good", "RUNNING"), ("good", "STOPPED", second))
+            assert len({first, second, running[2]}) == 3
+        assert not local.restart("nobody")
 
 
 async def test_an_unknown_id_is_answered_with_near_ones(tmp_path: Path) -> None:
