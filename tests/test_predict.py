@@ -73,6 +73,23 @@ async def test_a_hanging_model_times_out_and_delays_no_other(tmp_path: Path) -> 
         assert all(answers[model.model_id, START_S + 20][0] == "SUCCESS" for model in good)
 
 
+async def test_a_model_that_is_withdrawn_in_the_middle_of_a_call_takes_no_other_with_it(
+    tmp_path: Path,
+) -> None:
+    hanging, good = ModelServer("hanging", fleet.hangs), ModelServer("good")
+    async with staged(tmp_path) as stage:
+        await stage.join(hanging, good)
+        playing = asyncio.create_task(stage.play(20))
+        await until(lambda: hanging.predicts)
+        await stage.orchestrator.announce(hanging, state="STOPPED")
+        await until(lambda: "hanging" not in stage.predict.fleet.running)
+        await playing
+        await stage.play(30)
+        assert stage.ready("good")
+        statuses = {status for (model_id, _), (status, _) in (await stage.answers()).items()}
+        assert "SUCCESS" in statuses
+
+
 async def test_a_failing_model_is_told_why_and_given_up_at_the_limit(tmp_path: Path) -> None:
     async with staged(tmp_path) as stage:
         await stage.join(ModelServer("bad", fleet.raises), ModelServer("good"))

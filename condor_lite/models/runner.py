@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import structlog
+from anyio.lowlevel import checkpoint_if_cancelled
 from grpc.aio import AioRpcError, UsageError
 from model_runner_client.errors import InvalidCoordinatorUsageError
 from model_runner_client.grpc.generated.commons_pb2 import Argument, Variant, VariantType
@@ -172,6 +173,9 @@ class Connection(DynamicSubclassModelRunner):
         except AioRpcError as error:
             self.problem = f"Setup failed: {_refusal(error, self.setup_timeout)[1]}"
             raise
+        except asyncio.CancelledError:
+            await _let_scopes_know()
+            raise
         code = response.status.code
         self.fresh = "already exists" not in response.status.message
         if code == "SUCCESS":
@@ -200,6 +204,7 @@ class Connection(DynamicSubclassModelRunner):
         except TimeoutError:
             return reply(Outcome.TIMEOUT, f"no answer within {timeout_s:.1f} s")
         except asyncio.CancelledError:
+            await _let_scopes_know()
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
@@ -222,6 +227,13 @@ class Connection(DynamicSubclassModelRunner):
         if code == "MODEL_FAILED":
             return reply(Outcome.MODEL_FAILED, f"the model raised: {detail}")
         return reply(Outcome.PROTOCOL, f"the model's server answered {first_line(code)[:40]}: {detail}")
+
+
+async def _let_scopes_know() -> None:
+    """To be called where gRPC raised a CancelledError: it raises one of its own in place of the one that was
+    delivered, and a cancel scope that does not know it for its own lets it out, up to the task group.
+    """
+    await checkpoint_if_cancelled()
 
 
 def _refusal(error: AioRpcError, timeout_s: float) -> tuple[Outcome, str]:
