@@ -13,15 +13,24 @@ from scipy import special
 from condor_lite.game import quadrature
 from condor_lite.game.families import FAMILIES, NORM, POINT, SQRT_2, SQRT_2_PI, SQRT_PI, Floats
 from condor_lite.game.mixture import Densities, Ints
+from condor_lite.game.spread import SPREADS
 
 
 def crps(densities: Densities, x: Floats) -> Floats:
     """The continuous ranked probability score of every segment at `x`, shape (n,), in the unit of `x`."""
+    return crps_and_spread(densities, x)[0]
+
+
+def crps_and_spread(densities: Densities, x: Floats) -> tuple[Floats, Floats]:
+    """The CRPS, and as its by-product E|X - X'|, infinite where the mean is; both of shape (n,), in the unit
+    of `x`.
+    """
     with np.errstate(all="ignore"):
-        return np.maximum(_crps(densities, x), 0.0)
+        value, spread = _crps_and_spread(densities, x)
+    return np.maximum(value, 0.0), spread
 
 
-def _crps(densities: Densities, x: Floats) -> Floats:
+def _crps_and_spread(densities: Densities, x: Floats) -> tuple[Floats, Floats]:
     starts = densities.starts()
     first, count = starts[:-1], np.diff(starts)
     kind = densities.family[first]
@@ -33,7 +42,7 @@ def _crps(densities: Densities, x: Floats) -> Floats:
         mixed = np.bincount(densities.segment, foreign, densities.n) > 0
         kind = np.where(mixed, -1, kind.astype(np.intp))
 
-    value = np.empty(densities.n)
+    value, spread = np.empty(densities.n), np.empty(densities.n)
     by_quadrature = np.ones(densities.n, np.bool_)
     for code in np.unique(kind[count == 1]):
         closed = FAMILIES[code].crps
@@ -43,18 +52,19 @@ def _crps(densities: Densities, x: Floats) -> Floats:
             scale = densities.scale[leaf]
             y = (x[members] - densities.loc[leaf]) / scale
             value[members] = scale * closed(y, densities.a[leaf], densities.b[leaf])
+            spread[members] = scale * SPREADS[code](densities.a[leaf], densities.b[leaf])
             by_quadrature[members] = False
     for code, of_matrix in ((NORM, _of_normals), (POINT, _of_points)):
         several = (kind == code) & (count > 1)
         for size in np.unique(count[several]):
             members = np.flatnonzero(several & (count == size))
             leaf = first[members, None] + np.arange(size)
-            value[members] = of_matrix(densities, leaf, x[members])
+            value[members], spread[members] = of_matrix(densities, leaf, x[members])
         by_quadrature[several] = False
     rest = np.flatnonzero(by_quadrature)
     if len(rest):
-        value[rest] = quadrature.crps(densities.take(rest), x[rest])
-    return value
+        value[rest], spread[rest] = quadrature.crps_and_spread(densities.take(rest), x[rest])
+    return value, spread
 
 
 def _mean_distance(distance: Floats, deviation: Floats) -> Floats:
@@ -70,19 +80,20 @@ def _sum(values: Floats) -> Floats:
     return np.asarray(np.cumsum(values, axis=1)[:, -1])
 
 
-def _of_normals(densities: Densities, leaf: Ints, x: Floats) -> Floats:
+def _of_normals(densities: Densities, leaf: Ints, x: Floats) -> tuple[Floats, Floats]:
     """E|X - x| - E|X - X'|/2 over pairs of components (Grimit et al. 2006); `leaf`: shape (segments,
     components).
     """
     loc, scale, weight = densities.loc[leaf], densities.scale[leaf], densities.weight[leaf]
     value = _sum(weight * _mean_distance(x[:, None] - loc, scale))
-    value -= _sum(weight * weight * scale) / SQRT_PI
+    own = _sum(weight * weight * scale) / SQRT_PI
     i, j = np.triu_indices(leaf.shape[1], 1)
     apart = _mean_distance(loc[:, i] - loc[:, j], np.sqrt(scale[:, i] ** 2 + scale[:, j] ** 2))
-    return value - _sum(weight[:, i] * weight[:, j] * apart)
+    across = _sum(weight[:, i] * weight[:, j] * apart)
+    return value - own - across, 2.0 * (own + across)
 
 
-def _of_points(densities: Densities, leaf: Ints, x: Floats) -> Floats:
+def _of_points(densities: Densities, leaf: Ints, x: Floats) -> tuple[Floats, Floats]:
     """The integral of (F(z) - 1[z >= x])^2 as a sum over the gaps between points; `leaf`: shape (segments,
     points).
     """
@@ -94,4 +105,5 @@ def _of_points(densities: Densities, leaf: Ints, x: Floats) -> Floats:
     below = np.cumsum(weight, axis=1)[:, :-1]
     above = np.cumsum(weight[:, ::-1], axis=1)[:, ::-1][:, 1:]
     tail = np.where(places[:, :-1] >= x[:, None], above, below)
-    return _sum(np.diff(places, axis=1) * tail * tail)
+    gaps = np.diff(places, axis=1)
+    return _sum(gaps * tail * tail), 2.0 * _sum(gaps * below * above)

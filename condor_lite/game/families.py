@@ -78,7 +78,7 @@ def _below(y: Floats, edge: float = 0.0) -> Floats:
     return np.maximum(edge - y, 0.0)
 
 
-def _half_step(a: Floats) -> Floats:
+def half_step(a: Floats) -> Floats:
     """Gamma(a + 1/2) / Gamma(a). scipy's `beta` and `poch` lose up to six digits where `a` is large; its
     asymptotic series (DLMF 5.11.13) is exact from 40 on."""
     i = 1.0 / np.maximum(a, 40.0)
@@ -109,7 +109,7 @@ def _t_tail(y: Floats, a: Floats, b: Floats, upper: bool) -> Floats:
 
 def _t_pdf(y: Floats, a: Floats, b: Floats) -> Floats:
     return np.asarray(
-        np.exp(-0.5 * (a + 1.0) * np.log1p(y * y / a)) * _half_step(0.5 * a) / np.sqrt(np.pi * a)
+        np.exp(-0.5 * (a + 1.0) * np.log1p(y * y / a)) * half_step(0.5 * a) / np.sqrt(np.pi * a)
     )
 
 
@@ -119,7 +119,7 @@ def _t_closed(y: Floats, a: Floats, b: Floats) -> Floats:
     """
     y = np.abs(y)
     far = 1.0 - 2.0 * _t_tail(y, a, b, upper=True)
-    spread = 2.0 * np.sqrt(a / np.pi) * _half_step(0.5 * a) ** 2 / _half_step(a - 0.5)
+    spread = 2.0 * np.sqrt(a / np.pi) * half_step(0.5 * a) ** 2 / half_step(a - 0.5)
     return np.asarray(y * far + (2.0 * (a + y * y) * _t_pdf(y, a, b) - spread) / (a - 1.0))
 
 
@@ -228,7 +228,7 @@ def _gamma_crps(y: Floats, a: Floats, b: Floats) -> Floats:
     inside = np.maximum(y, 0.0)
     below, one_up = special.gammainc(a, inside), special.gammainc(a + 1.0, inside)
     centred = (inside - a) * (2.0 * below - 1.0) + 2.0 * a * (below - one_up)
-    return np.asarray(centred - _half_step(a) / SQRT_PI + _below(y))
+    return np.asarray(centred - half_step(a) / SQRT_PI + _below(y))
 
 
 def _gamma_breaks(a: Floats, b: Floats) -> Floats:
@@ -380,7 +380,7 @@ def _beta_crps(y: Floats, a: Floats, b: Floats) -> Floats:
     inside, mean = np.clip(y, 0.0, 1.0), a / (a + b)
     below, one_up = special.betainc(a, b, inside), special.betainc(a + 1.0, b, inside)
     # E|X - X'| / 2 = mean * 2 B(2a, 2b) / (a B(a, b)^2), with the duplication formula applied three times.
-    spread = _half_step(a) * _half_step(b) / (SQRT_PI * (a + b) * _half_step(a + b))
+    spread = half_step(a) * half_step(b) / (SQRT_PI * (a + b) * half_step(a + b))
     centred = (inside - mean) * (2.0 * below - 1.0) + 2.0 * mean * (below - one_up)
     return np.asarray(centred - spread + np.abs(y - inside))
 

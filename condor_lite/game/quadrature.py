@@ -64,14 +64,19 @@ ROWS_AT_ONCE = 8192
 
 def crps(densities: Densities, x: Floats) -> Floats:
     """CRPS of every segment at `x`, shape (n,), in the unit of `x`, to a relative error of about 1e-9."""
+    return crps_and_spread(densities, x)[0]
+
+
+def crps_and_spread(densities: Densities, x: Floats) -> tuple[Floats, Floats]:
+    """The CRPS, and E|X - X'| = 2 integral of F (1 - F) from the same values of F, to about 1e-6."""
     leaves = np.diff(densities.starts())
-    value = np.empty(densities.n)
+    value, spread = np.empty(densities.n), np.empty(densities.n)
     # Work in bounded portions: what a segment costs is about the square of its leaves.
     portion = (np.cumsum(leaves * (8 * leaves + 8)) // ROWS_AT_ONCE).astype(np.intp)
     for first, last in _runs(portion):
         chosen = np.arange(first, last)
-        value[chosen] = _portion(densities.take(chosen), x[chosen])
-    return value
+        value[chosen], spread[chosen] = _portion(densities.take(chosen), x[chosen])
+    return value, spread
 
 
 def _runs(labels: Ints) -> list[tuple[int, int]]:
@@ -176,7 +181,7 @@ class _Mixtures:
         return exponent
 
 
-def _portion(densities: Densities, x: Floats) -> Floats:
+def _portion(densities: Densities, x: Floats) -> tuple[Floats, Floats]:
     mixtures = _Mixtures(densities, x)
     n = densities.n
     exponent = mixtures.exponents()
@@ -204,10 +209,12 @@ def _portion(densities: Densities, x: Floats) -> Floats:
     base = _mass(n, jump_segment, jump_place, jump_weight, segment, low, upper)
     unit = sigma[segment]
     pieces = _Pieces(segment, np.arcsinh(low / unit), np.arcsinh(high / unit), upper, base)
-    value = _integrate(mixtures, pieces, sigma)
+    value, spread = _integrate(mixtures, pieces, sigma)
     if len(heavy):
-        value += _beyond(mixtures, exponent, far)
-    return value
+        value_beyond, spread_beyond = _beyond(mixtures, exponent, far)
+        value += value_beyond
+        spread += spread_beyond
+    return value, spread
 
 
 def _mass(
@@ -237,14 +244,15 @@ def _mass(
     return base
 
 
-def _integrate(mixtures: _Mixtures, pieces: _Pieces, sigma: Floats) -> Floats:
-    total = np.zeros(mixtures.n)
+def _integrate(mixtures: _Mixtures, pieces: _Pieces, sigma: Floats) -> tuple[Floats, Floats]:
+    total, spread = np.zeros(mixtures.n), np.zeros(mixtures.n)
     for _ in range(MAX_HALVINGS):
         half = 0.5 * (pieces.high - pieces.low)
         v = (pieces.low + half)[:, None] + half[:, None] * NODES
         u = np.sinh(v) * sigma[pieces.segment, None]
         tail = mixtures.tail(pieces.segment, u, pieces.upper) + pieces.base[:, None]
-        integrand = tail * tail * np.cosh(v) * (half * sigma[pieces.segment])[:, None]
+        along = np.cosh(v) * (half * sigma[pieces.segment])[:, None]
+        integrand = tail * tail * along
         # Row by row, not as a matrix product, whose last bits depend on what else is in the batch.
         integral = (integrand * WEIGHTS).sum(axis=1)
         difference = np.abs(integral - (integrand * _GAUSS).sum(axis=1))
@@ -252,24 +260,27 @@ def _integrate(mixtures: _Mixtures, pieces: _Pieces, sigma: Floats) -> Floats:
         ratio = np.divide(200.0 * difference, roughness, out=np.zeros_like(integral), where=roughness > 0.0)
         error = roughness * np.minimum(1.0, ratio * np.sqrt(ratio))
         so_far = total + np.bincount(pieces.segment, integral, mixtures.n)
+        apart = 2.0 * (tail * (1.0 - tail) * along * WEIGHTS).sum(axis=1)
         coarse = error > TOLERANCE * so_far[pieces.segment]
         fine = np.flatnonzero(~coarse)
         total += np.bincount(pieces.segment[fine], integral[fine], mixtures.n)
+        spread += np.bincount(pieces.segment[fine], apart[fine], mixtures.n)
         rough = np.flatnonzero(coarse)
         if not len(rough):
-            return total
+            return total, spread
+        unfinished = np.bincount(pieces.segment[rough], apart[rough], mixtures.n)
         pieces = pieces.halved(rough)
-    return so_far
+    return so_far, spread + unfinished
 
 
-def _beyond(mixtures: _Mixtures, exponent: Floats, far: Floats) -> Floats:
+def _beyond(mixtures: _Mixtures, exponent: Floats, far: Floats) -> tuple[Floats, Floats]:
     """Both squared tails beyond +-far, where leaf i's falls as (far / u)^exponent_i: sums over pairs of
-    leaves.
+    leaves; and twice the tails themselves, which F (1 - F) is there.
 
     At 1e9 times every scale and distance of the heavy leaves the power law holds to about 1e-9; the light
     leaves have left off before, and a light leaf further out is beyond what any tail can weigh.
     """
-    value = np.zeros(mixtures.n)
+    value, spread = np.zeros(mixtures.n), np.zeros(mixtures.n)
     for k in np.flatnonzero(far):
         leaves = slice(mixtures.first[k], mixtures.first[k] + mixtures.count[k])
         heavy = np.flatnonzero(exponent[leaves]) + mixtures.first[k]
@@ -281,4 +292,6 @@ def _beyond(mixtures: _Mixtures, exponent: Floats, far: Floats) -> Floats:
                 a, b = mixtures.a[leaf : leaf + 1], mixtures.b[leaf : leaf + 1]
                 mass[i] = mixtures.weight[leaf] * FAMILIES[mixtures.family[leaf]].tail(y, a, b, upper)[0]
             value[k] += far[k] * np.sum(np.outer(mass, mass) / (power[:, None] + power - 1.0))
-    return value
+            finite = np.where(power > 1.0, mass / np.where(power > 1.0, power - 1.0, 1.0), np.inf)
+            spread[k] += 2.0 * far[k] * np.sum(finite)
+    return value, spread
