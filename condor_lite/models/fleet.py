@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -234,6 +235,10 @@ class Fleet:
                         self.give_up(berth.connection, "MULTIPLE_FAILED", reason)
                     if setups > 1:
                         await asyncio.sleep(_SETUP_PAUSE_S * 2.0 ** (setups - 2))
+        except asyncio.CancelledError:
+            if anyio.current_effective_deadline() == -math.inf:
+                raise
+            log.exception("model_connection_failed", model_id=berth.model_id)  # a library cancelled it
         except Exception:
             log.exception("model_connection_failed", model_id=berth.model_id)
         finally:
