@@ -150,4 +150,28 @@ MIGRATIONS: tuple[str, ...] = (
         since_s  INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
     """,
+    # Scoring again: a scorer counts once it is published. `rules` has all that its scores depend on, in JSON
+    # (null: from before that was kept); `carried_from` the scorer whose scores a round was given unchanged;
+    # `score.detail` why an answer is none under this scorer. `rescore` has the one that is under way.
+    """
+    ALTER TABLE scorer ADD COLUMN rules TEXT;
+    ALTER TABLE scorer ADD COLUMN published INTEGER NOT NULL DEFAULT 1 CHECK (published IN (0, 1));
+    ALTER TABLE round_score ADD COLUMN carried_from INTEGER;
+    ALTER TABLE score ADD COLUMN detail TEXT;
+    CREATE INDEX round_score_carried ON round_score (scorer_version) WHERE carried_from IS NOT NULL;
+
+    CREATE TABLE rescore (
+        scorer_version INTEGER PRIMARY KEY REFERENCES scorer,
+        since_s        INTEGER NOT NULL,
+        from_s         INTEGER NOT NULL,
+        started_at_s   INTEGER NOT NULL
+    ) STRICT;
+
+    CREATE TABLE left_out (
+        round_no       INTEGER NOT NULL REFERENCES round,
+        scorer_version INTEGER NOT NULL REFERENCES scorer,
+        reason         TEXT NOT NULL,
+        PRIMARY KEY (round_no, scorer_version)
+    ) STRICT, WITHOUT ROWID;
+    """,
 )

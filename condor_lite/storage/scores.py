@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -78,17 +79,39 @@ def void_round(conn: sqlite3.Connection, round_no: int, reason: str) -> None:
 # Scores
 
 
-def current_scorer(conn: sqlite3.Connection, rule: str, target: str, fingerprint: str, at_s: float) -> int:
-    """The `scorer_version` of these rules: the newest one where it is theirs, otherwise a new one."""
+def current_scorer(
+    conn: sqlite3.Connection, rule: str, target: str, fingerprint: str, at_s: float, rules: str | None = None
+) -> int:
+    """The `scorer_version` of these rules: the newest that is published where it is theirs, or a new one.
+
+    `rules`: all of their parameters, as JSON.
+    """
     newest = conn.execute(
-        "SELECT scorer_version, rule, target, fingerprint FROM scorer ORDER BY scorer_version DESC LIMIT 1"
+        "SELECT scorer_version, rule, target, fingerprint FROM scorer WHERE published "
+        "ORDER BY scorer_version DESC LIMIT 1"
     ).fetchone()
     if newest is not None and newest[1:] == (rule, target, fingerprint):
+        conn.execute(
+            "UPDATE scorer SET rules = ? WHERE scorer_version = ? AND rules IS NULL", (rules, newest[0])
+        )
         return int(newest[0])
+    return add_scorer(conn, rule, target, fingerprint, at_s, rules, published=True)
+
+
+def add_scorer(
+    conn: sqlite3.Connection,
+    rule: str,
+    target: str,
+    fingerprint: str,
+    at_s: float,
+    rules: str | None,
+    *,
+    published: bool,
+) -> int:
     (version,) = conn.execute(
-        "INSERT INTO scorer (rule, target, fingerprint, created_at_s) VALUES (?, ?, ?, ?) "
-        "RETURNING scorer_version",
-        (rule, target, fingerprint, int(at_s)),
+        "INSERT INTO scorer (rule, target, fingerprint, created_at_s, rules, published) "
+        "VALUES (?, ?, ?, ?, ?, ?) RETURNING scorer_version",
+        (rule, target, fingerprint, int(at_s), rules, published),
     ).fetchone()
     return int(version)
 
@@ -100,9 +123,11 @@ def save_round_scores(
     scores: RoundScores,
     resolved: int,
     scored_at_ms: int,
+    details: Mapping[int, str] = MappingProxyType({}),
 ) -> bool:
     """Store all of a round's scores and mark it as scored; `resolved` is its number of resolved segments.
 
+    `details`: by `model_no`, why an answer is none under this scorer, where the prediction does not say so.
     False, and nothing written, if it was scored under this version before or is neither closed nor scored.
     """
     is_settled = conn.execute(
@@ -118,8 +143,8 @@ def save_round_scores(
     if not inserted:
         return False
     conn.executemany(
-        "INSERT INTO score (round_no, scorer_version, model_no, raw, counted, score) "
-        "VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO score (round_no, scorer_version, model_no, raw, counted, score, detail) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
         (
             (
                 round_no,
@@ -128,6 +153,7 @@ def save_round_scores(
                 None if score.raw is None else float(score.raw),
                 float(score.counted),
                 float(score.score),
+                details.get(model_no),
             )
             for model_no, score in scores.models.items()
         ),
@@ -209,6 +235,7 @@ def prune(conn: sqlite3.Connection, now_s: float, keep: StorageConfig, limit: in
         _prune_rounds(conn, now_s - keep.keep_predictions_s, limit),
         _prune_prices(conn, now_s - keep.keep_prices_s, limit),
         _prune_charts(conn, now_s - keep.keep_snapshots_s, limit),
+        _prune_calibration(conn, now_s - keep.keep_predictions_s, limit),
     ):
         for rows in step:
             deleted += rows
@@ -239,6 +266,7 @@ def _prune_rounds(conn: sqlite3.Connection, before_s: float, limit: int) -> Iter
         yield sum(
             conn.execute(delete, (round_no,)).rowcount
             for delete in (
+                "DELETE FROM left_out WHERE round_no = ?",
                 "DELETE FROM score WHERE round_no = ?",
                 "DELETE FROM round_score WHERE round_no = ?",
                 "DELETE FROM payload WHERE round_no = ?",
@@ -271,3 +299,12 @@ def _prune_charts(conn: sqlite3.Connection, before_s: float, limit: int) -> Iter
         "WHERE created_at_s < ? ORDER BY created_at_s LIMIT ?)",
     ):
         yield conn.execute(delete, (before_s, limit)).rowcount
+
+
+def _prune_calibration(conn: sqlite3.Connection, before_s: float, limit: int) -> Iterator[int]:
+    yield conn.execute(
+        "DELETE FROM calibration WHERE (scorer_version, asset, horizon_s, step_s, model_no, hour_s) IN "
+        "(SELECT scorer_version, asset, horizon_s, step_s, model_no, hour_s FROM calibration "
+        "WHERE hour_s < ? ORDER BY hour_s LIMIT ?)",
+        (before_s, limit),
+    ).rowcount
