@@ -20,7 +20,7 @@ from tests.fleet.behaviours import BEHAVIOURS, MIB, answer_of, server
 from tests.fleet.model import ModelServer
 from tests.fleet.orchestrator import Orchestrator
 
-BEHAVIOURS["a_mib"] = answer_of(MIB)
+BEHAVIOURS["two_mb"] = answer_of(60 * 32768)  # what the largest limit allows for 60 segments
 
 
 async def start(name: str, count: int, prefix: str) -> list[ModelServer]:

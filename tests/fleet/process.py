@@ -1,6 +1,6 @@
 """Many models, and an orchestrator that announces them, in a process of their own.
 
-`async with FleetProcess(models=100, behaviours={"hangs": 2}) as fleet` from a test or a benchmark; the process
+`async with FleetProcess(models=100, behaviours={"hangs": 2}) as fleet` from a test or benchmark; the process
 itself is `python -m tests.fleet_process`.
 """
 
