@@ -283,7 +283,9 @@ def save_validation(conn: sqlite3.Connection, round_no: int, invalid: Mapping[in
     conn.execute("UPDATE round SET validated = 1 WHERE round_no = ?", (round_no,))
 
 
-def select_rounds(conn: sqlite3.Connection, condition: str, params: Sequence[object]) -> list[Round]:
+def select_rounds(
+    conn: sqlite3.Connection, condition: str, params: Sequence[object] | Mapping[str, object]
+) -> list[Round]:
     """The rounds that meet a condition in SQL (of this package, never from outside)."""
     return [_round(*row) for row in conn.execute(_SELECT_ROUNDS + condition, params)]
 
