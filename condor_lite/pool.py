@@ -30,6 +30,7 @@ import structlog
 
 from condor_lite import worker
 from condor_lite.errors import CondorError, StartError
+from condor_lite.game.calibration import WIDTH
 from condor_lite.game.scoring import Rules
 from condor_lite.worker import Outcome, ScoringItem, ValidationItem
 
@@ -110,12 +111,14 @@ class _Work(Generic[Item]):
     function: Callable[[int, Sequence[Item], bool], Outcome]
     items: Sequence[Item]
     raw: npt.NDArray[np.float64]
+    calibration: npt.NDArray[np.float64]
     reasons: dict[int, str] = field(default_factory=dict)
     todo: deque[int] = field(default_factory=deque)
     suspects: deque[list[int]] = field(default_factory=deque)
 
     def record(self, indices: list[int], outcome: Outcome) -> None:
         self.raw[indices] = outcome.raw
+        self.calibration[indices] = outcome.calibration
         self.reasons.update((indices[at], reason) for at, reason in outcome.reasons.items())
 
 
@@ -126,12 +129,20 @@ class ScoringPool:
     """
 
     def __init__(
-        self, workers: int, rules: Rules, time_limit_s: float, *, memory_mb: int = _MEMORY_MB
+        self,
+        workers: int,
+        rules: Rules,
+        time_limit_s: float,
+        *,
+        memory_mb: int = _MEMORY_MB,
+        politeness: int = worker.POLITENESS,
     ) -> None:
+        """`politeness` is added to the workers' nice value."""
         self._workers = workers
         self._rules = rules
         self._time_limit_s = time_limit_s
         self._memory_mb = memory_mb
+        self._politeness = politeness
         self._s_per_byte: dict[object, float] = {}
         self._busy = asyncio.Lock()
         self._crew: _Crew | None = None
@@ -159,10 +170,14 @@ class ScoringPool:
         """Which of the items (by index) are no valid answers, and why."""
         return (await self._run(worker.run_validation, items)).reasons
 
-    async def score(self, items: Sequence[ScoringItem]) -> tuple[npt.NDArray[np.float64], dict[int, str]]:
-        """Raw scores float64[len(items)], NaN where there is none, and for those (by index) the reason."""
+    async def score(
+        self, items: Sequence[ScoringItem]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], dict[int, str]]:
+        """Raw scores float64[len(items)], NaN where there is none; calibration sums, a row an item; and for
+        those without a score (by index) the reason.
+        """
         work = await self._run(worker.run_scoring, items)
-        return work.raw, work.reasons
+        return work.raw, work.calibration, work.reasons
 
     async def _start_problem(self) -> str | None:
         """What keeps the first worker from scoring. It starts here: the first batch need not wait for it."""
@@ -184,7 +199,8 @@ class ScoringPool:
     async def _run(
         self, function: Callable[[int, Sequence[Item], bool], Outcome], items: Sequence[Item]
     ) -> _Work[Item]:
-        work = _Work(function, items, np.full(len(items), np.nan), todo=deque(range(len(items))))
+        raw, calibration = np.full(len(items), np.nan), np.zeros((len(items), WIDTH))
+        work = _Work(function, items, raw, calibration, todo=deque(range(len(items))))
         async with self._busy:
             try:
                 await self._drive(work)
@@ -223,14 +239,18 @@ class ScoringPool:
     async def _landing(self, flights: Iterable[_Flight]) -> None:
         """Return when a batch has landed, or mark those whose worker does not react."""
         assert self._crew is not None
-        longest_s = self._time_limit_s + _GRACE_S
+        most = max(len(flight.items) for flight in flights)
+        longest_s = worker.batch_limit_s(self._time_limit_s, most) + _GRACE_S
         while True:
             now_s = time.monotonic()
             wait_s = longest_s  # by then, whoever is on an item has noted a new one, or is stuck
             for flight in flights:
                 item, since_s = self._crew.note(flight.slot)
-                if item >= 0 or item == worker.TOGETHER:
-                    left_s = since_s + longest_s - now_s
+                if item >= 0:
+                    left_s = since_s + self._time_limit_s + _GRACE_S - now_s
+                elif item == worker.TOGETHER:
+                    limit_s = worker.batch_limit_s(self._time_limit_s, len(flight.items))
+                    left_s = since_s + limit_s + _GRACE_S - now_s
                 else:
                     left_s = max(since_s, flight.since_s) + _START_S - now_s
                 if left_s <= 0 and not flight.future.done():
@@ -336,7 +356,7 @@ class ScoringPool:
     def _hire(self) -> _Crew:
         context = _RememberingContext()
         notes = RawArray("d", self._workers * worker.NOTE_WIDTH)
-        initargs = (os.getpid(), notes, self._rules, self._time_limit_s, self._memory_mb)
+        initargs = (os.getpid(), notes, self._rules, self._time_limit_s, self._memory_mb, self._politeness)
         self._crew = _Crew(make_executor(context, self._workers, initargs), context, notes)
         return self._crew
 

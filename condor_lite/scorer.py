@@ -20,6 +20,7 @@ import structlog
 from condor_lite.clock import Clock
 from condor_lite.config import Config
 from condor_lite.errors import StorageError
+from condor_lite.game.calibration import BriefSums, RoundCalibration, brief_rows
 from condor_lite.game.entities import Leaderboard, Model, Round, RoundScores, RuleInfo, VoidRound, Window
 from condor_lite.game.leaderboard import is_gone, reference_benchmark
 from condor_lite.game.outcome import SCORE, WAIT, Realised, Series, realise, verdict
@@ -27,6 +28,7 @@ from condor_lite.game.rounds import score_round
 from condor_lite.game.windows import HOUR_S, WindowRows, WindowSums, window_start_s
 from condor_lite.pool import PoolError, ScoringPool
 from condor_lite.storage import repositories, scores
+from condor_lite.storage.calibration import add_calibration, load_brief_rows
 from condor_lite.storage.database import Database
 from condor_lite.worker import ScoringItem, ValidationItem
 
@@ -84,6 +86,7 @@ class Scorer:
         self._version = version
         self._on_leaderboard = on_leaderboard
         self._sums: WindowSums | None = None
+        self._calibration = BriefSums(config.game.settings)
         self._models: list[Model] = []
         self._troubles: dict[int, _Trouble] = {}
         self._leaderboard: Leaderboard | None = None
@@ -126,7 +129,10 @@ class Scorer:
         snapshot = now_s // self._config.scoring.snapshot_interval_s
         if changed or shown != self._shown or snapshot != self._snapshot:
             most = self._config.game.max_models_per_player
-            self._leaderboard = await asyncio.to_thread(self._sums.leaderboard, now_s, self._models, most)
+            briefs = await asyncio.to_thread(self._calibration.briefs, now_s)
+            self._leaderboard = await asyncio.to_thread(
+                self._sums.leaderboard, now_s, self._models, most, briefs
+            )
             self._shown, self._published_s = shown, now_s
             self._on_leaderboard(self._leaderboard)
             if self._snapshot is not None and snapshot != self._snapshot:
@@ -138,12 +144,15 @@ class Scorer:
         sums = WindowSums(
             self._config.game.settings, self._info, scorer_version=self._version, benchmark=benchmark
         )
+        self._calibration = BriefSums(self._config.game.settings)
         since_s = window_start_s(Window.ANCHOR, now_s)
         while since_s <= now_s:  # by the day: a week of a large game is millions of rows
             until_s = since_s + 24 * HOUR_S
             rows = await self._db.read(scores.load_window_rows, self._version, since_s, until_s)
             columns = {name: rows[name] for name in WindowRows.__slots__}
             await asyncio.to_thread(sums.load, WindowRows(**columns))
+            briefs = await self._db.read(load_brief_rows, self._version, since_s, until_s)
+            await asyncio.to_thread(self._calibration.add, briefs)
             since_s = until_s
         return sums
 
@@ -260,17 +269,22 @@ class Scorer:
             for task in tasks
             for payload in task.payloads.values()
         ]
-        raw, reasons = await self._pool.score(items)
+        raw, calibration, reasons = await self._pool.score(items)
         begin = 0
         failed = _by_round([(task.round, task.payloads) for task in tasks], reasons)
         for task, failures in zip(tasks, failed, strict=True):
             end = begin + len(task.payloads)
             with self._blaming(task.round):
-                await self._save(task, raw[begin:end], failures, done)
+                await self._save(task, raw[begin:end], calibration[begin:end], failures, done)
             begin = end
 
     async def _save(
-        self, task: _Task, raw: npt.NDArray[np.float64], failures: Mapping[int, str], done: Counter[str]
+        self,
+        task: _Task,
+        raw: npt.NDArray[np.float64],
+        calibration: npt.NDArray[np.float64],
+        failures: Mapping[int, str],
+        done: Counter[str],
     ) -> None:
         round_, realised = task.round, task.realised
         values: dict[int, float | None] = dict.fromkeys(task.counted)
@@ -278,9 +292,10 @@ class Scorer:
         values.update((model_no, value) for model_no, value in answers.items() if model_no not in failures)
         benchmarks = {model.model_no for model in self._models if model.info.benchmark}
         result = await asyncio.to_thread(score_round, values, benchmarks, realised.no_move, self._info)
+        added = _calibration(task, calibration, failures)
         at_ms = int(self._clock.now() * 1000)
-        saved = await self._db.write(
-            _store, _no(round_), failures, result, self._version, realised.resolved, at_ms
+        saved, times = await self._db.write(
+            _store, _no(round_), failures, result, self._version, added, at_ms
         )
         self._troubles.pop(_no(round_), None)
         if failures:
@@ -292,7 +307,9 @@ class Scorer:
         elif saved and self._sums is not None:
             done["rounds"] += 1
             done["answers"] += len(answers) - len(failures)
-            await asyncio.to_thread(self._sums.add, round_.setting.key, round_.resolvable_at_s, result)
+            key, at_s = round_.setting.key, round_.resolvable_at_s
+            await asyncio.to_thread(self._sums.add, key, at_s, result)
+            await asyncio.to_thread(self._calibration.add, brief_rows(key, at_s, added, times))
             log.debug("round_scored", round_id=round_.round_id, answers=len(answers), median=result.median)
 
     async def _void(self, round_: Round, reason: str, done: Counter[str]) -> None:
@@ -374,6 +391,18 @@ class Scorer:
                 return
 
 
+def _calibration(task: _Task, sums: npt.NDArray[np.float64], failures: Mapping[int, str]) -> RoundCalibration:
+    """What a round adds to the calibration of those whose answers it scored."""
+    scored = [place for place, model_no in enumerate(task.payloads) if model_no not in failures]
+    model_no = list(task.payloads)
+    resolved = np.isfinite(task.realised.increments)
+    return RoundCalibration(
+        model_no=[model_no[place] for place in scored],
+        sums=sums[scored],
+        ends_s=task.realised.boundary_ts_s[1:][resolved],
+    )
+
+
 def _no(round_: Round) -> int:
     assert round_.round_no is not None, "a stored round has a number"
     return round_.round_no
@@ -406,13 +435,18 @@ def _store(
     failures: Mapping[int, str],
     result: RoundScores | VoidRound,
     version: int,
-    resolved: int,
+    calibration: RoundCalibration,
     at_ms: int,
-) -> bool:
-    """All that came of a round, in one transaction; False where it was scored before."""
+) -> tuple[bool, npt.NDArray[np.float64]]:
+    """All that came of a round, in one transaction: whether it was not scored before, and what
+    `add_calibration` returns.
+    """
+    nothing = np.zeros(0)
     if failures:
         repositories.save_validation(conn, round_no, failures)
     if isinstance(result, VoidRound):
         scores.void_round(conn, round_no, result.reason)
-        return True
-    return scores.save_round_scores(conn, round_no, version, result, resolved, at_ms)
+        return True, nothing
+    if not scores.save_round_scores(conn, round_no, version, result, len(calibration.ends_s), at_ms):
+        return False, nothing
+    return True, add_calibration(conn, round_no, version, calibration)

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from condor_lite.errors import InvalidAnswer
+from condor_lite.game.calibration import WIDTH
 from condor_lite.game.density import Densities, decode
 from condor_lite.game.entities import Setting
 from condor_lite.game.scoring import Realised, Rules, load_rule, score
@@ -40,7 +41,9 @@ FINISHED = -3.0
 
 _PR_SET_PDEATHSIG = 1
 _REASON_CHARS = 300
-_POLITENESS = 10  # added to the process's nice value: predicting comes first
+POLITENESS = 10  # added to the process's nice value: predicting comes first
+_TOGETHER_MORE = 8  # so many answers in a batch are given the time limit once more
+_TOGETHER_MOST = 5  # times the time limit: what a batch that is stuck in native code may cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,20 @@ class ScoringItem:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a batch: `raw[k]` is NaN where item k was only validated, or has a reason."""
+    """What became of a batch: `raw[k]` is NaN where item k was only validated, or has a reason.
+
+    `calibration[k]` are the sums of `game.calibration`, zeros there.
+    """
 
     raw: npt.NDArray[np.float64]
+    calibration: npt.NDArray[np.float64]
     reasons: dict[int, str]
     spent_s: float
+
+
+def batch_limit_s(time_limit_s: float, answers: int) -> float:
+    """How long a batch may take that is evaluated together; one that takes longer is done one by one."""
+    return time_limit_s * min(1 + answers / _TOGETHER_MORE, _TOGETHER_MOST)
 
 
 class _TimeOver(BaseException):
@@ -110,9 +122,9 @@ class Worker:
 
     def score(
         self, slot: int, items: Sequence[ScoringItem], careful: bool
-    ) -> tuple[npt.NDArray[np.float64], dict[int, str]]:
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], dict[int, str]]:
         """Decode each, then evaluate all together; one by one where that fails or `careful` asks for it."""
-        raw = np.full(len(items), np.nan)
+        raw, calibration = _nothing(len(items))
         reasons: dict[int, str] = {}
         pairs: dict[int, tuple[Densities, Realised]] = {}
         for at, item in enumerate(items):
@@ -124,37 +136,43 @@ class Worker:
         together = len(pairs) > 1 and not careful and ":" not in self._rules.rule
         if together:
             with contextlib.suppress(_Failed):
-                values = self._limited(slot, TOGETHER, partial(self._evaluate, list(pairs.values())), tries=1)
-                raw[list(pairs)] = values
-                return raw, reasons
+                work = partial(self._evaluate, list(pairs.values()))
+                limit_s = batch_limit_s(self._time_limit_s, len(pairs))
+                found = self._limited(slot, TOGETHER, work, tries=1, limit_s=limit_s)
+                raw[list(pairs)], calibration[list(pairs)] = found
+                return raw, calibration, reasons
         for at, pair in pairs.items():
             try:
                 work = partial(self._evaluate, [pair])
-                raw[at] = self._limited(slot, at, work, tries=1 if together else 2)[0]
+                (raw[at],), (calibration[at],) = self._limited(slot, at, work, tries=1 if together else 2)
             except _Failed as failure:
                 reasons[at] = str(failure)
-        return raw, reasons
+        return raw, calibration, reasons
 
     def _decode(self, item: ValidationItem | ScoringItem) -> Densities:
         rule = self._rules.rule
         return decode(item.payload, item.setting, self._rules.limits, rule=rule, scale_unit=item.scale_unit)
 
-    def _evaluate(self, pairs: list[tuple[Densities, Realised]]) -> list[float]:
-        values = []
-        for scores in score(pairs, self._rules):
+    def _evaluate(
+        self, pairs: list[tuple[Densities, Realised]]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        raw, calibration = _nothing(len(pairs))
+        for at, scores in enumerate(score(pairs, self._rules)):
             if scores.error is not None:
                 raise _Failed(scores.error[:_REASON_CHARS])
             if not math.isfinite(scores.raw):
                 raise _Failed(f"can't be scored: the rule {self._rules.rule!r} gives {scores.raw}")
-            values.append(scores.raw)
-        return values
+            raw[at], calibration[at] = scores.raw, scores.calibration
+        return raw, calibration
 
-    def _limited(self, slot: int, item: float, work: Callable[[], T], tries: int = 2) -> T:
-        """`work()` within the time limit. The second try is for a machine that stood still meanwhile."""
+    def _limited(
+        self, slot: int, item: float, work: Callable[[], T], tries: int = 2, limit_s: float | None = None
+    ) -> T:
+        """`work()` within the time limit (`limit_s`: another one). The second try is for a machine that stood still meanwhile."""
         try:
             self.note(slot, item)
             # An alarm on the very edge is raised inside the outer block, too: nowhere else can it be pending.
-            signal.setitimer(signal.ITIMER_REAL, self._time_limit_s)
+            signal.setitimer(signal.ITIMER_REAL, limit_s or self._time_limit_s)
             try:
                 return work()
             finally:
@@ -183,13 +201,14 @@ def enter(
     rules: Rules,
     time_limit_s: float,
     memory_mb: int,
+    politeness: int,
 ) -> None:
     """The pool's initializer. A rule that can't be loaded is told by `problem()`: an error here says less."""
     global _worker, _problem
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and a service manager may tell everybody
         signal.signal(number, signal.SIG_IGN)
     _end_with(parent_pid)
-    os.nice(_POLITENESS)
+    os.nice(politeness)
     _worker = Worker(notes, rules, time_limit_s, memory_mb)
     try:
         load_rule(rules.rule)
@@ -208,15 +227,20 @@ def run_validation(slot: int, items: Sequence[ValidationItem], careful: bool) ->
     worker, started_s = _ready()
     reasons = worker.validate(slot, items)
     worker.note(slot, FINISHED)
-    return Outcome(np.full(len(items), np.nan), reasons, time.monotonic() - started_s)
+    return Outcome(*_nothing(len(items)), reasons, time.monotonic() - started_s)
 
 
 def run_scoring(slot: int, items: Sequence[ScoringItem], careful: bool) -> Outcome:
     """Score a batch; notes go to `slot`. Nothing that an item does raises."""
     worker, started_s = _ready()
-    raw, reasons = worker.score(slot, items, careful)
+    raw, calibration, reasons = worker.score(slot, items, careful)
     worker.note(slot, FINISHED)
-    return Outcome(raw, reasons, time.monotonic() - started_s)
+    return Outcome(raw, calibration, reasons, time.monotonic() - started_s)
+
+
+def _nothing(items: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Raw scores and calibration sums before there are any."""
+    return np.full(items, np.nan), np.zeros((items, WIDTH))
 
 
 def _ready() -> tuple[Worker, float]:

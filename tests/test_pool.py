@@ -62,7 +62,7 @@ def rules(name: str) -> Rules:
 async def test_a_batch_scores_as_each_answer_alone() -> None:
     batch = items(*np.linspace(-1e-3, 1e-3, 700))
     async with ScoringPool(2, Rules(), 5.0) as pool:
-        raw, reasons = await pool.score(batch)
+        raw, _, reasons = await pool.score(batch)
     assert reasons == {}
     for index in (0, 1, 350, 511, 512, 699):
         densities = decode(batch[index].payload, SETTING, Rules().limits)
@@ -78,7 +78,7 @@ async def test_what_is_no_answer_is_told_by_its_place() -> None:
             [ValidationItem(payload, SETTING) for payload in (answer(), broken, b"[")]
         )
         batch = [*items(0.0), ScoringItem(broken, SETTING, outcome()), *items(1e-4)]
-        raw, scoring_reasons = await pool.score(batch)
+        raw, _, scoring_reasons = await pool.score(batch)
         assert await pool.validate([]) == {}
     assert list(reasons) == [1, 2]
     assert reasons[1].startswith("segment 1: ")
@@ -101,8 +101,8 @@ async def test_an_answer_that_breaks_its_worker_is_found_and_harms_no_other(harm
     locs = [0.0] * 20
     locs[7] = GUILTY
     async with ScoringPool(1, rules(harm), 0.3, memory_mb=256) as pool:
-        raw, reasons = await pool.score(items(*locs))
-        again, _ = await pool.score(items(0.0))
+        raw, _, reasons = await pool.score(items(*locs))
+        again, *_ = await pool.score(items(0.0))
     assert list(reasons) == [7]
     assert reasons[7].startswith(reason)
     assert np.isnan(raw).nonzero()[0].tolist() == [7]
@@ -112,7 +112,7 @@ async def test_an_answer_that_breaks_its_worker_is_found_and_harms_no_other(harm
 async def test_every_one_of_several_killers_is_found() -> None:
     locs = [GUILTY if index in (0, 7, 16) else 0.0 for index in range(20)]
     async with ScoringPool(2, rules("dies"), 2.0) as pool:
-        raw, reasons = await pool.score(items(*locs))
+        raw, _, reasons = await pool.score(items(*locs))
     assert sorted(reasons) == np.isnan(raw).nonzero()[0].tolist() == [0, 7, 16]
 
 
@@ -123,7 +123,7 @@ async def test_a_worker_that_an_accident_kills_costs_no_answer(
     locs = [0.0] * 20
     locs[7] = GUILTY
     async with ScoringPool(2, rules("dies_once"), 2.0) as pool:
-        raw, reasons = await pool.score(items(*locs))
+        raw, _, reasons = await pool.score(items(*locs))
     assert (tmp_path / "mark").exists()
     assert reasons == {}
     assert np.isfinite(raw).all()
@@ -136,7 +136,7 @@ async def test_a_call_that_is_cancelled_leaves_the_pool_usable() -> None:
         stuck.cancel()
         with pytest.raises(asyncio.CancelledError):
             await stuck
-        raw, reasons = await pool.score(items(0.0))
+        raw, _, reasons = await pool.score(items(0.0))
     assert reasons == {}
     assert np.isfinite(raw).all()
 
@@ -179,7 +179,7 @@ async def test_an_evaluation_in_common_that_fails_is_repeated_one_by_one(
 
     monkeypatch.setattr(worker, "score", score_one)
     lone = worker.Worker(multiprocessing.RawArray("d", worker.NOTE_WIDTH), Rules(), 2.0, 256)
-    raw, reasons = lone.score(0, items(0.0, GUILTY, 1.0), careful=False)
+    raw, _, reasons = lone.score(0, items(0.0, GUILTY, 1.0), careful=False)
     assert reasons == {1: "can't be scored: ArithmeticError: singular"}
     assert np.isnan(raw).tolist() == [False, True, False]
 

@@ -183,6 +183,16 @@ class WindowScores:
 
 
 @dataclass(frozen=True, slots=True)
+class Brief:
+    """What the leaderboard shows of a model's calibration, over all settings of the anchor window: the share
+    of outcomes inside its central 90 % intervals, and its mean PIT - 0.5.
+    """
+
+    coverage_90: float
+    bias: float
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """A model's line in the leaderboard. Numbers are unrounded.
 
@@ -191,6 +201,7 @@ class Standing:
     `rounds` counts the scored rounds of the anchor window that count for the model, `answered` those with a
     raw score. `skill` is against the benchmark (0.12: 12 % better). `standard_error` is that of `overall`.
     `p_better_than_next` is the probability that the model is better than the next one that has a rank.
+    `calibration` is None until there is enough to compute it from.
     """
 
     model: Model
@@ -203,12 +214,19 @@ class Standing:
     skill: WindowScores
     standard_error: WindowScores
     p_better_than_next: float | None
+    calibration: Brief | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Leaderboard:
-    """All models in rank order, as of `created_at_s` on the game's clock."""
+    """All models in rank order, as of `created_at_s` on the game's clock.
+
+    `mixed_versions`: other scorers whose scores are counted along with those of `scorer_version`.
+    `uncounted`: scored rounds of the anchor window that only other scorers have scored, and that don't count.
+    """
 
     created_at_s: int
     scorer_version: int
     standings: tuple[Standing, ...]
+    mixed_versions: tuple[int, ...] = ()
+    uncounted: int = 0

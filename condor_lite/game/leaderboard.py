@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from condor_lite.game.entities import Leaderboard, Model, Standing, Window, WindowScores
+from condor_lite.game.entities import Brief, Leaderboard, Model, Standing, Window, WindowScores
 from condor_lite.game.uncertainty import probability_better
 
 GONE_AFTER_S = 7 * 86400
@@ -49,9 +49,18 @@ def reference_benchmark(models: Iterable[Model], now_s: float) -> int | None:
 
 
 def rank(
-    table: WindowTable, models: Sequence[Model], now_s: float, *, scorer_version: int, max_per_player: int = 0
+    table: WindowTable,
+    models: Sequence[Model],
+    now_s: float,
+    *,
+    scorer_version: int,
+    max_per_player: int = 0,
+    calibration: Mapping[int, Brief] | None = None,
 ) -> Leaderboard:
-    """The leaderboard of `models`. `max_per_player`: how many of a player's models are ranked, 0: all."""
+    """The leaderboard of `models`. `max_per_player`: how many of a player's models are ranked, 0: all.
+    `calibration`: by `model_no`, of those that show any.
+    """
+    calibration = calibration or {}
     overall = _by_model(table.overall, table.columns)
     skill = _by_model(table.skill, table.columns)
     errors = _by_model(table.standard_error, table.columns)
@@ -88,6 +97,7 @@ def rank(
                 skill=skill.get(no, _NOTHING),
                 standard_error=errors.get(no, _NOTHING),
                 p_better_than_next=better.get(no),
+                calibration=calibration.get(no),
             )
         )
     return Leaderboard(math.floor(now_s), scorer_version, tuple(standings))

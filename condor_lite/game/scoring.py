@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from condor_lite.errors import CondorError
-from condor_lite.game.crps import crps
+from condor_lite.game import calibration
+from condor_lite.game.crps import crps_and_spread
 from condor_lite.game.density import Densities, Limits, decode
 from condor_lite.game.entities import RuleInfo
 from condor_lite.game.families import Floats
@@ -95,11 +96,13 @@ class Rules:
 class SegmentScores:
     """One answer's scores: `values` float64[n], NaN where unresolved, in bp for `crps`; `raw` is their mean.
 
-    `error`: what a host's own rule did wrong with this answer; `raw` and `values` are NaN then.
+    `calibration`: the sums of `calibration.sums`, of the resolved segments. `error`: what a host's own rule
+    did wrong with this answer; `raw` and `values` are NaN then.
     """
 
     values: Floats
     raw: float
+    calibration: Floats
     error: str | None = None
 
 
@@ -142,25 +145,28 @@ def score(items: Sequence[tuple[Densities, Realised]], rules: Rules) -> list[Seg
     """
     if not items:
         return []
-    if rules.rule not in BUILT_IN:
-        function = _own_rule(rules.rule)
-        return [_apply(function, densities, realised) for densities, realised in items]
     counts = [densities.n for densities, _ in items]
+    owner = np.repeat(np.arange(len(items)), counts)
     densities = concatenate([densities for densities, _ in items])
     x = np.concatenate([realised.increments for _, realised in items])
     unit = np.repeat([realised.unit for _, realised in items], counts)
     resolved = np.flatnonzero(np.isfinite(x) & np.isfinite(unit))
     values = np.full(len(x), np.nan)
-    if len(resolved) == len(x):
-        values = _evaluate(densities, x, unit, rules)
-    elif len(resolved):
-        values[resolved] = _evaluate(densities.take(resolved), x[resolved], unit[resolved], rules)
-    return [_mean(part) for part in np.split(values, np.cumsum(counts)[:-1])]
+    sums = np.zeros((len(items), calibration.WIDTH))
+    if len(resolved):
+        if len(resolved) < len(x):
+            densities, x, unit, owner = densities.take(resolved), x[resolved], unit[resolved], owner[resolved]
+        crps, spread = crps_and_spread(densities, x)
+        sums = calibration.sums(densities, x, spread * unit, owner, len(items))
+        if rules.rule in BUILT_IN:
+            values[resolved] = crps * unit if rules.rule == "crps" else _evaluate(densities, x, unit, rules)
+    if rules.rule not in BUILT_IN:
+        function = _own_rule(rules.rule)
+        return [_apply(function, *item, own) for item, own in zip(items, sums, strict=True)]
+    return [_mean(*part) for part in zip(np.split(values, np.cumsum(counts)[:-1]), sums, strict=True)]
 
 
 def _evaluate(densities: Densities, x: Floats, unit: Floats, rules: Rules) -> Floats:
-    if rules.rule == "crps":
-        return crps(densities, x) * unit
     if rules.rule == "log":
         half = rules.log_halfwidth_bp / unit
         return -np.log(np.maximum(densities.interval(x - half, x + half), LOWEST_PROBABILITY))
@@ -169,26 +175,25 @@ def _evaluate(densities: Densities, x: Floats, unit: Floats, rules: Rules) -> Fl
     return np.minimum(densities.pdf(x), HIGHEST_DENSITY)
 
 
-def _mean(values: Floats) -> SegmentScores:
+def _mean(values: Floats, sums: Floats) -> SegmentScores:
     resolved = values[np.isfinite(values)]
-    return SegmentScores(values, float(resolved.mean()) if len(resolved) else float("nan"))
+    return SegmentScores(values, float(resolved.mean()) if len(resolved) else float("nan"), sums)
 
 
-def _apply(function: OwnRule, densities: Densities, realised: Realised) -> SegmentScores:
+def _apply(function: OwnRule, densities: Densities, realised: Realised, sums: Floats) -> SegmentScores:
     n, x = densities.n, realised.increments
-    failed = np.full(n, np.nan)
+
+    def failed(error: str) -> SegmentScores:
+        return SegmentScores(np.full(n, np.nan), float("nan"), sums, error)
+
     try:
         values = np.array(function(densities, x.copy()), dtype=np.float64)
     except Exception as error:
-        return SegmentScores(failed, float("nan"), f"the scoring rule raised {type(error).__name__}: {error}")
+        return failed(f"the scoring rule raised {type(error).__name__}: {error}")
     if values.shape != (n,):
-        return SegmentScores(
-            failed, float("nan"), f"the scoring rule returned shape {values.shape}, not ({n},)"
-        )
+        return failed(f"the scoring rule returned shape {values.shape}, not ({n},)")
     resolved = np.isfinite(x)
     if not np.isfinite(values[resolved]).all():
         k = int(np.flatnonzero(resolved & ~np.isfinite(values))[0])
-        return SegmentScores(
-            failed, float("nan"), f"the scoring rule returned {values[k]} for segment {k + 1}"
-        )
-    return _mean(np.where(resolved, values, np.nan))
+        return failed(f"the scoring rule returned {values[k]} for segment {k + 1}")
+    return _mean(np.where(resolved, values, np.nan), sums)

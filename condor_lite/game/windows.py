@@ -8,14 +8,14 @@ setting.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from condor_lite.game.entities import Leaderboard, Model, RoundScores, RuleInfo, Setting, Window
+from condor_lite.game.entities import Brief, Leaderboard, Model, RoundScores, RuleInfo, Setting, Window
 from condor_lite.game.leaderboard import WindowTable, rank
 from condor_lite.game.rounds import gain
 from condor_lite.game.uncertainty import block_count, standard_error
@@ -143,7 +143,13 @@ class WindowSums:
             benchmark=model_no == self.benchmark,
         )
 
-    def leaderboard(self, now_s: float, models: Sequence[Model], max_per_player: int = 0) -> Leaderboard:
+    def leaderboard(
+        self,
+        now_s: float,
+        models: Sequence[Model],
+        max_per_player: int = 0,
+        calibration: Mapping[int, Brief] | None = None,
+    ) -> Leaderboard:
         """The standings of `models` (all that the game knows) at `now_s`, from the sums alone."""
         return rank(
             self.table(now_s),
@@ -151,6 +157,7 @@ class WindowSums:
             now_s,
             scorer_version=self.scorer_version,
             max_per_player=max_per_player,
+            calibration=calibration,
         )
 
     def table(self, now_s: float) -> WindowTable:

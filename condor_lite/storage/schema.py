@@ -174,4 +174,24 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (round_no, scorer_version)
     ) STRICT, WITHOUT ROWID;
     """,
+    # `hour_s`: the full hour of the rounds' `resolvable_at`. `times`: distinct segment times, counted up to
+    # `until_s`. `spread`: the sum of E|X - X'| in bp, NULL where infinite. `bins`: 20 doubles, the histogram.
+    """
+    CREATE TABLE calibration (
+        scorer_version INTEGER NOT NULL REFERENCES scorer,
+        asset          TEXT NOT NULL,
+        horizon_s      INTEGER NOT NULL,
+        step_s         INTEGER NOT NULL,
+        model_no       INTEGER NOT NULL REFERENCES model,
+        hour_s         INTEGER NOT NULL,
+        times          INTEGER NOT NULL,
+        until_s        INTEGER NOT NULL,
+        segments       INTEGER NOT NULL,
+        pit            REAL NOT NULL CHECK (pit >= 0 AND pit < 9e999),
+        spread         REAL CHECK (spread >= 0 AND spread < 9e999),
+        bins           BLOB NOT NULL CHECK (length(bins) = 160),
+        PRIMARY KEY (scorer_version, asset, horizon_s, step_s, model_no, hour_s)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX calibration_by_time ON calibration (hour_s);
+    """,
 )

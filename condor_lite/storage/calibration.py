@@ -1,0 +1,125 @@
+"""The sums that calibration is computed from: a row for each (scorer, setting, model, hour).
+
+They are added to in the transaction that stores a round's scores, so that a round counts once, and need no
+answers that are gone by now. Functions run inside `Database.write` or `Database.read`; the first argument is
+the connection.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from condor_lite.game.calibration import (
+    BINS,
+    NINETY,
+    PIT,
+    SEGMENTS,
+    SPREAD,
+    WIDTH,
+    BriefRows,
+    RoundCalibration,
+)
+from condor_lite.storage.database import Readers
+
+_BINS = np.dtype("<f8")
+_HOUR_S = 3600
+
+
+def add_calibration(
+    conn: sqlite3.Connection, round_no: int, scorer_version: int, added: RoundCalibration
+) -> npt.NDArray[np.float64]:
+    """Add a round to its models' sums; only along with its scores. Returns by model how many segment times it
+    had that were not counted before, float64[models].
+    """
+    *setting, resolvable_at_s = conn.execute(
+        "SELECT asset, horizon_s, step_s, resolvable_at_s FROM round WHERE round_no = ?", (round_no,)
+    ).fetchone()
+    hour_s = resolvable_at_s // _HOUR_S * _HOUR_S
+    sums, times = added.sums.copy(), np.zeros(len(added.model_no))
+    newest_s = int(added.ends_s[-1]) if len(added.ends_s) else resolvable_at_s
+    rows = []
+    for at, model_no in enumerate(added.model_no):
+        key = (scorer_version, *setting, int(model_no))
+        # The model's newest hour so far: this one or an earlier one.
+        before = conn.execute(
+            "SELECT hour_s, times, until_s, segments, pit, spread, bins FROM calibration WHERE "
+            "scorer_version = ? AND asset = ? AND horizon_s = ? AND step_s = ? AND model_no = ? "
+            "AND hour_s <= ? ORDER BY hour_s DESC LIMIT 1",
+            (*key, hour_s),
+        ).fetchone()
+        until_s, counted = newest_s, 0
+        times[at] = added.new_times(before[2] if before else None)
+        if before:
+            until_s = max(until_s, before[2])
+            if before[0] == hour_s:
+                counted = before[1]
+                sums[at] += _sums([before])[0]
+        rows.append(
+            (
+                *key,
+                hour_s,
+                counted + int(times[at]),
+                until_s,
+                int(sums[at, SEGMENTS]),
+                float(sums[at, PIT]),
+                float(sums[at, SPREAD]) if np.isfinite(sums[at, SPREAD]) else None,
+                sums[at, :BINS].astype(_BINS).tobytes(),
+            )
+        )
+    conn.executemany("INSERT OR REPLACE INTO calibration VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    return times
+
+
+def load_brief_rows(
+    conn: sqlite3.Connection, scorer_version: int, since_s: float, until_s: float
+) -> BriefRows:
+    """What the leaderboard needs of the hours with `since_s <= hour_s < until_s`."""
+    rows = conn.execute(
+        "SELECT asset || '-' || horizon_s || '-' || step_s, hour_s, model_no, times, segments, pit, bins "
+        "FROM calibration INDEXED BY calibration_by_time "
+        "WHERE hour_s >= ? AND hour_s < ? AND scorer_version = ?",
+        (since_s, until_s, scorer_version),
+    ).fetchall()
+    setting, hour_s, model_no, times, segments, pit, bins = zip(*rows, strict=True) if rows else ((),) * 7
+    histogram = np.frombuffer(b"".join(bins), _BINS).reshape(-1, BINS)
+    return BriefRows(
+        setting=setting,
+        hour=np.array(hour_s, np.int64) // _HOUR_S,
+        model_no=np.array(model_no, np.int64),
+        times=np.array(times, np.float64),
+        segments=np.array(segments, np.float64),
+        inside_90=histogram[:, NINETY].sum(axis=1),
+        pit=np.array(pit, np.float64),
+    )
+
+
+async def calibration(
+    readers: Readers, scorer_version: int, model_no: int, setting: tuple[str, int, int], since_s: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """One model's sums in one setting from the hour `since_s` on: int64[hours] when each begins, int64[hours]
+    its distinct segment times, float64[hours, WIDTH] the sums.
+    """
+    rows = await readers.fetch(
+        "SELECT hour_s, times, until_s, segments, pit, spread, bins FROM calibration WHERE "
+        "scorer_version = ? AND asset = ? AND horizon_s = ? AND step_s = ? AND model_no = ? AND hour_s >= ?",
+        (scorer_version, *setting, model_no, since_s),
+    )
+    return (
+        np.array([row["hour_s"] for row in rows], np.int64),
+        np.array([row["times"] for row in rows], np.int64),
+        _sums(rows),
+    )
+
+
+def _sums(rows: Sequence[Sequence[object]] | Sequence[sqlite3.Row]) -> npt.NDArray[np.float64]:
+    """Rows (hour_s, times, until_s, segments, pit, spread, bins) -> float64[rows, WIDTH]."""
+    sums = np.empty((len(rows), WIDTH))
+    for at, row in enumerate(rows):
+        _, _, _, segments, pit, spread, bins = tuple(row)
+        sums[at, :BINS] = np.frombuffer(bins, _BINS)
+        sums[at, BINS:] = segments, pit, np.inf if spread is None else spread
+    return sums
