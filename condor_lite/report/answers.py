@@ -61,7 +61,12 @@ class ModelRow:
 
 @dataclass(frozen=True, slots=True)
 class LeaderboardRow:
-    """`username` is the cruncher's name: the web app's default column. `status`: RUNNING or STOPPED."""
+    """`username` is the cruncher's name: the web app's default column. `status`: RUNNING or STOPPED.
+
+    `standard_error_*` are those of the scores. `p_better_than_next`: the probability that the model is better
+    than the next one that has a rank. `coverage_90`: the share of moves inside its central 90 % intervals;
+    `bias`: mean PIT - 0.5. None until there is enough to say.
+    """
 
     created_at: Moment
     rank: int | None
@@ -81,6 +86,12 @@ class LeaderboardRow:
     skill_recent: float | None
     skill_steady: float | None
     skill_anchor: float | None
+    standard_error_recent: float | None
+    standard_error_steady: float | None
+    standard_error_anchor: float | None
+    p_better_than_next: float | None
+    coverage_90: float | None
+    bias: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +246,36 @@ class Deployment:
 
 
 @dataclass(frozen=True, slots=True)
+class CalibrationEstimate:
+    value: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCalibration:
+    """Over 7 days; all None until there are as many distinct segment times as needed.
+
+    `pit_histogram`: shares of 20 bins, each 0.05 where a model is calibrated. `coverage_50`, `coverage_90`:
+    the share of moves inside its central intervals. `bias`: mean PIT - 0.5, positive where prices came out
+    higher than the model thought. `sharpness_bp`: E|X - X'|, None where a forecast's is infinite.
+    """
+
+    segment_times: int
+    segment_times_needed: int
+    pit_histogram: list[CalibrationEstimate] | None = None
+    coverage_50: CalibrationEstimate | None = None
+    coverage_90: CalibrationEstimate | None = None
+    bias: CalibrationEstimate | None = None
+    sharpness_bp: CalibrationEstimate | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelMetrics:
-    """`by_horizon` and `by_setting`: scores by `1h`, `24h`, ... and by `BTC-3600-60`, ..."""
+    """`by_horizon` and `by_setting`: scores by `1h`, `24h`, ... and by `BTC-3600-60`, ...
+
+    `standard_error` is that of `overall_scores`; `p_better_than_next`: the probability that the model is
+    better than the next one that has a rank.
+    """
 
     model_id: str
     model_name: str
@@ -250,11 +289,15 @@ class ModelMetrics:
     rank: int | None
     ranks: dict[str, int | None]
     overall_scores: OverallScores
+    standard_error: OverallScores
+    p_better_than_next: float | None
     skill: OverallScores
     by_horizon: dict[str, OverallScores]
     by_setting: dict[str, OverallScores]
     rounds: int
     answered: int
+    calibration: ModelCalibration
+    calibration_by_setting: dict[str, ModelCalibration]
     deployments: list[Deployment]
     recent_predictions: list[RecentPrediction]
 

@@ -28,8 +28,9 @@ from condor_lite.report.answers import (
     moment,
     moment_of_ms,
 )
+from condor_lite.report.calibration import calibrations
 from condor_lite.report.context import Context, NotFound
-from condor_lite.report.ready import DEFAULT_LIMIT, status, window_leaderboard
+from condor_lite.report.ready import DEFAULT_LIMIT, one_digit, status, window_leaderboard
 from condor_lite.report.replies import Reply, pack
 from condor_lite.storage import queries
 from condor_lite.storage.database import open_read_only
@@ -70,6 +71,7 @@ async def model_metrics(context: Context, sent: ModelParams) -> Reply:
     model = standing.model
     predictions = await queries.predictions(context.readers, [model.model_no], -math.inf, math.inf, _RECENT)
     deployments = await queries.deployments(context.readers, model.model_no)
+    calibration, by_setting = await calibrations(context, context.live.leaderboard, model.model_no)
     info = model.info
     return pack(
         ModelMetrics(
@@ -85,11 +87,15 @@ async def model_metrics(context: Context, sent: ModelParams) -> Reply:
             rank=standing.rank,
             ranks={window.value: standing.ranks.get(window) for window in Window},
             overall_scores=_scores(standing.overall),
+            standard_error=_scores(standing.standard_error),
+            p_better_than_next=one_digit(standing.p_better_than_next),
             skill=_scores(standing.skill),
             by_horizon=_by_horizon(standing, context.live.config.game.settings),
             by_setting={key: _scores(scores) for key, scores in standing.by_setting.items()},
             rounds=standing.rounds,
             answered=standing.answered,
+            calibration=calibration,
+            calibration_by_setting=dict(by_setting),
             deployments=_deployments(deployments),
             recent_predictions=[_recent_prediction(row) for row in predictions],
         ),

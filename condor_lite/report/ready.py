@@ -84,6 +84,11 @@ def status(model_id: str, connected: Set[str]) -> str:
     return "RUNNING" if model_id in connected else "STOPPED"
 
 
+def one_digit(probability: float | None) -> float | None:
+    """As a probability of an order is shown: 14 blocks say no more."""
+    return None if probability is None else round(probability, 1)
+
+
 def _unranked(model: Model) -> Standing:
     """The standing of a model that no leaderboard has listed yet."""
     nothing = WindowScores()
@@ -137,6 +142,12 @@ def _leaderboard_row(standing: Standing, connected: Set[str], created_at: str) -
         skill_recent=standing.skill.recent,
         skill_steady=standing.skill.steady,
         skill_anchor=standing.skill.anchor,
+        standard_error_recent=standing.standard_error.recent,
+        standard_error_steady=standing.standard_error.steady,
+        standard_error_anchor=standing.standard_error.anchor,
+        p_better_than_next=one_digit(standing.p_better_than_next),
+        coverage_90=standing.calibration.coverage_90 if standing.calibration else None,
+        bias=standing.calibration.bias if standing.calibration else None,
     )
 
 

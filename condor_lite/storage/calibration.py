@@ -7,6 +7,7 @@ the connection.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ from condor_lite.game.calibration import (
     BriefRows,
     RoundCalibration,
 )
+from condor_lite.game.entities import Setting
 from condor_lite.storage.database import Readers
 
 _BINS = np.dtype("<f8")
@@ -57,7 +59,7 @@ def add_calibration(
             until_s = max(until_s, before[2])
             if before[0] == hour_s:
                 counted = before[1]
-                sums[at] += _sums([before])[0]
+                sums[at] += sums_of([before])[0]
         rows.append(
             (
                 *key,
@@ -97,29 +99,29 @@ def load_brief_rows(
     )
 
 
-async def calibration(
-    readers: Readers, scorer_version: int, model_no: int, setting: tuple[str, int, int], since_s: float
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """One model's sums in one setting from the hour `since_s` on: int64[hours] when each begins, int64[hours]
-    its distinct segment times, float64[hours, WIDTH] the sums.
-    """
-    rows = await readers.fetch(
-        "SELECT hour_s, times, until_s, segments, pit, spread, bins FROM calibration WHERE "
-        "scorer_version = ? AND asset = ? AND horizon_s = ? AND step_s = ? AND model_no = ? AND hour_s >= ?",
-        (scorer_version, *setting, model_no, since_s),
-    )
-    return (
-        np.array([row["hour_s"] for row in rows], np.int64),
-        np.array([row["times"] for row in rows], np.int64),
-        _sums(rows),
+async def of_model(
+    readers: Readers, scorer_version: int, model_no: int, settings: Sequence[Setting], since_s: float
+) -> list[sqlite3.Row]:
+    """One model's rows in these settings, from the hour `since_s` on; for `sums_of`."""
+    return await readers.fetch(
+        "SELECT c.asset, c.horizon_s, c.step_s, hour_s, times, segments, pit, spread, bins "
+        "FROM json_each(?) setting CROSS JOIN calibration c ON c.scorer_version = ? "
+        "AND c.asset = setting.value ->> 0 AND c.horizon_s = setting.value ->> 1 "
+        "AND c.step_s = setting.value ->> 2 AND c.model_no = ? AND c.hour_s >= ?",
+        (
+            json.dumps([(setting.asset, setting.horizon_s, setting.step_s) for setting in settings]),
+            scorer_version,
+            model_no,
+            since_s,
+        ),
     )
 
 
-def _sums(rows: Sequence[Sequence[object]] | Sequence[sqlite3.Row]) -> npt.NDArray[np.float64]:
-    """Rows (hour_s, times, until_s, segments, pit, spread, bins) -> float64[rows, WIDTH]."""
+def sums_of(rows: Sequence[sqlite3.Row]) -> npt.NDArray[np.float64]:
+    """The sums of game/calibration.py: float64[rows, WIDTH]. A row ends in segments, pit, spread and bins."""
     sums = np.empty((len(rows), WIDTH))
     for at, row in enumerate(rows):
-        _, _, _, segments, pit, spread, bins = tuple(row)
+        segments, pit, spread, bins = row[-4:]
         sums[at, :BINS] = np.frombuffer(bins, _BINS)
         sums[at, BINS:] = segments, pit, np.inf if spread is None else spread
     return sums
