@@ -239,15 +239,14 @@ class ScoringPool:
     async def _landing(self, flights: Iterable[_Flight]) -> None:
         """Return when a batch has landed, or mark those whose worker does not react."""
         assert self._crew is not None
-        most = max(len(flight.items) for flight in flights)
-        longest_s = worker.batch_limit_s(self._time_limit_s, most) + _GRACE_S
+        longest_s = self._time_limit_s + _GRACE_S
         while True:
             now_s = time.monotonic()
             wait_s = longest_s  # by then, whoever is on an item has noted a new one, or is stuck
             for flight in flights:
                 item, since_s = self._crew.note(flight.slot)
                 if item >= 0:
-                    left_s = since_s + self._time_limit_s + _GRACE_S - now_s
+                    left_s = since_s + longest_s - now_s
                 elif item == worker.TOGETHER:
                     limit_s = worker.batch_limit_s(self._time_limit_s, len(flight.items))
                     left_s = since_s + limit_s + _GRACE_S - now_s

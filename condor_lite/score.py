@@ -7,8 +7,10 @@ and scored in the process pool, what concerns many models is computed in a threa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import structlog
 
 from condor_lite.clock import Clock
 from condor_lite.config import Config
@@ -16,8 +18,21 @@ from condor_lite.game.entities import Leaderboard
 from condor_lite.game.scoring import Rules, load_rule
 from condor_lite.pool import ScoringPool
 from condor_lite.scorer import Scorer
-from condor_lite.storage import scores
+from condor_lite.storage import rescores, scores
 from condor_lite.storage.database import Database
+
+log = structlog.get_logger()
+
+
+def configured_rules(config: Config) -> Rules:
+    """The rules as the config says them; a rescore may have chosen others (`rescores.in_force`)."""
+    return Rules(
+        rule=config.scoring.rule,
+        target=config.scoring.target,
+        log_halfwidth_bp=config.scoring.log_halfwidth,
+        max_components=config.scoring.max_components,
+        max_segment_bytes=config.predict.max_segment_bytes,
+    )
 
 
 class ScoreLoop:
@@ -46,16 +61,23 @@ class ScoreLoop:
 
         Raises StartError or RuleError where the rule can't be used.
         """
+        while True:  # with other rules, everything is made anew
+            await self._run_one_scorer()
+
+    async def _run_one_scorer(self) -> None:
         async with AsyncExitStack() as stack:
             with self._clock.hold():
-                self._scorer = await self._start(stack)
+                async with self._turn:
+                    scorer = self._scorer = await self._start(stack)
             stack.callback(self._forget)
             while True:
                 begun_s = self._clock.now()
                 self._news.clear()
                 with self._clock.hold():
                     async with self._turn:
-                        next_s = await self._scorer.cycle()
+                        if self._scorer is not scorer:
+                            return
+                        next_s = await scorer.cycle()
                 # The interval is the wall's; a stepped clock stands in for that, too.
                 pause_s = self._config.scoring.interval_s * self._clock.speed
                 await self._clock.sleep_until(begun_s + pause_s)
@@ -68,21 +90,53 @@ class ScoreLoop:
                 scorer = self._scorer or await self._start(stack)
                 await scorer.cycle()
 
+    async def live_first(self) -> None:
+        """Return once no live round is being scored."""
+        async with self._turn:
+            pass
+
+    @asynccontextmanager
+    async def standing_still(self) -> AsyncIterator[None]:
+        """Inside, no live round is scored. Whoever changes the scorer in there says so with `replaced`."""
+        async with self._turn:
+            yield
+
+    def replaced(self, leaderboard: Leaderboard) -> None:
+        """Another scorer is published: `leaderboard` is its first, and live rounds are scored by it."""
+        self._scorer = None
+        self._on_leaderboard(leaderboard)
+        self._news.set()
+
     async def _start(self, stack: AsyncExitStack) -> Scorer:
         scoring = self._config.scoring
-        rules = Rules(
-            rule=scoring.rule,
-            target=scoring.target,
-            log_halfwidth_bp=scoring.log_halfwidth,
-            max_components=scoring.max_components,
-            max_segment_bytes=self._config.predict.max_segment_bytes,
-        )
+        configured = configured_rules(self._config)
+        rules = await self._db.read(rescores.in_force, configured)
+        if rules != configured:
+            log.warning(
+                "rule_by_rescore",
+                in_force=rules.rule,
+                config=configured.rule,
+                do=f'set scoring.rule = "{rules.rule}" to keep it, or rescore --rule {configured.rule}',
+            )
         # In a thread, as a host's own rule is imported here.
         info, fingerprint = await asyncio.to_thread(lambda: (load_rule(rules.rule), rules.fingerprint()))
         pool = await stack.enter_async_context(ScoringPool(scoring.workers, rules, scoring.time_limit_s))
+        before = await self._db.read(rescores.newest_version)
         version = await self._db.write(
-            scores.current_scorer, rules.rule, rules.target, fingerprint, self._clock.now()
+            scores.current_scorer,
+            rules.rule,
+            rules.target,
+            fingerprint,
+            self._clock.now(),
+            rescores.dump_rules(rules),
         )
+        if 0 < before < version:
+            log.warning(
+                "scoring_rules_changed",
+                scorer_version=version,
+                windows="count only rounds that are scored from now on",
+                do="run `condor-lite rescore` to score the stored ones again",
+            )
         return Scorer(self._config, self._clock, self._db, pool, info, version, self._on_leaderboard)
 
     def _forget(self) -> None:

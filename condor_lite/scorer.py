@@ -11,7 +11,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from condor_lite.game.outcome import SCORE, WAIT, Realised, Series, realise, ver
 from condor_lite.game.rounds import score_round
 from condor_lite.game.windows import HOUR_S, WindowRows, WindowSums, window_start_s
 from condor_lite.pool import PoolError, ScoringPool
-from condor_lite.storage import repositories, scores
+from condor_lite.storage import repositories, rescores, scores
 from condor_lite.storage.calibration import add_calibration, load_brief_rows
 from condor_lite.storage.database import Database
 from condor_lite.worker import ScoringItem, ValidationItem
@@ -77,7 +77,11 @@ class Scorer:
         info: RuleInfo,
         version: int,
         on_leaderboard: Callable[[Leaderboard], None],
+        *,
+        again: bool = False,
     ) -> None:
+        """`again`: it scores scored rounds once more (`score_again`), and changes nothing but the scores."""
+        self._again = again
         self._config = config
         self._clock = clock
         self._db = db
@@ -86,12 +90,13 @@ class Scorer:
         self._version = version
         self._on_leaderboard = on_leaderboard
         self._sums: WindowSums | None = None
+        self._mixture: tuple[tuple[int, ...], int] | None = None
         self._calibration = BriefSums(config.game.settings)
         self._models: list[Model] = []
         self._troubles: dict[int, _Trouble] = {}
         self._leaderboard: Leaderboard | None = None
         self._leader: int | None = None
-        self._shown: object = None
+        self._shown: tuple[float, object] | None = None
         self._published_s = -math.inf
         self._snapshot: float | None = None
 
@@ -114,6 +119,29 @@ class Scorer:
         now_s, every_s = self._clock.now(), self._config.scoring.snapshot_interval_s
         return min(pending_s, (now_s // HOUR_S + 1) * HOUR_S, (now_s // every_s + 1) * every_s)
 
+    async def score_again(self, rounds: Sequence[Round]) -> int:
+        """Score settled rounds under this scorer's version, too; how many answers that were.
+
+        A round that can't be scored is left out, with the reason. What has become of models since counts:
+        benchmarks are those of today.
+        """
+        done: Counter[str] = Counter()
+        answers = 0
+        self._models = await self._db.read(repositories.load_models)
+        while rounds:
+            group, rounds = await self._with_payloads(rounds)
+            answers += sum(len(payloads) for _, payloads in group)
+            await self._score(group, done)
+        for round_no, trouble in self._troubles.items():
+            await self._db.write(rescores.leave_out, round_no, self._version, trouble.reason)
+        self._troubles.clear()
+        return answers
+
+    async def publish_anew(self) -> None:
+        """A leaderboard from all that is stored now; it is not kept."""
+        self._sums = self._snapshot = self._mixture = None
+        await self._publish(changed=True)
+
     # The leaderboard
 
     async def _publish(self, changed: bool) -> None:
@@ -133,6 +161,12 @@ class Scorer:
             self._leaderboard = await asyncio.to_thread(
                 self._sums.leaderboard, now_s, self._models, most, briefs
             )
+            if self._mixture is None or (any(self._mixture) and self._shown and self._shown[0] != shown[0]):
+                # New rounds are all of this version: only time can change it, and only towards nothing.
+                since_s = window_start_s(Window.ANCHOR, now_s)
+                self._mixture = await self._db.read(rescores.mixture, self._version, since_s)
+            carried, uncounted = self._mixture
+            self._leaderboard = replace(self._leaderboard, mixed_versions=carried, uncounted=uncounted)
             self._shown, self._published_s = shown, now_s
             self._on_leaderboard(self._leaderboard)
             if self._snapshot is not None and snapshot != self._snapshot:
@@ -295,9 +329,11 @@ class Scorer:
         added = _calibration(task, calibration, failures)
         at_ms = int(self._clock.now() * 1000)
         saved, times = await self._db.write(
-            _store, _no(round_), failures, result, self._version, added, at_ms
+            _store, _no(round_), failures, result, self._version, added, at_ms, self._again
         )
         self._troubles.pop(_no(round_), None)
+        if self._again:
+            return
         if failures:
             done["invalid"] += len(failures)
             log.warning("answers_not_scored", round_id=round_.round_id, reasons=dict(failures))
@@ -313,6 +349,9 @@ class Scorer:
             log.debug("round_scored", round_id=round_.round_id, answers=len(answers), median=result.median)
 
     async def _void(self, round_: Round, reason: str, done: Counter[str]) -> None:
+        if self._again:
+            await self._db.write(rescores.leave_out, _no(round_), self._version, f"void: {reason}")
+            return
         await self._db.write(scores.void_round, _no(round_), reason)
         self._troubles.pop(_no(round_), None)
         done["void"] += 1
@@ -350,7 +389,8 @@ class Scorer:
             if size >= _GROUP_BYTES:
                 return group, rounds[place:]
             with self._blaming(round_):
-                payloads = await self._db.read(repositories.payloads, _no(round_))
+                read = rescores.payloads if self._again else repositories.payloads
+                payloads = await self._db.read(read, _no(round_))
                 group.append((round_, payloads))
                 size += sum(_ANSWER_BYTES + len(payload) for payload in payloads.values())
         return group, []
@@ -437,16 +477,26 @@ def _store(
     version: int,
     calibration: RoundCalibration,
     at_ms: int,
+    again: bool,
 ) -> tuple[bool, npt.NDArray[np.float64]]:
     """All that came of a round, in one transaction: whether it was not scored before, and what
     `add_calibration` returns.
     """
     nothing = np.zeros(0)
+    resolved = len(calibration.ends_s)
+    if again:
+        if isinstance(result, VoidRound):
+            rescores.leave_out(conn, round_no, version, f"void: {result.reason}")
+            return False, nothing
+        details = {model_no: f"invalid: {reason}" for model_no, reason in failures.items()}
+        if not scores.save_round_scores(conn, round_no, version, result, resolved, at_ms, details):
+            return False, nothing
+        return True, add_calibration(conn, round_no, version, calibration)
     if failures:
         repositories.save_validation(conn, round_no, failures)
     if isinstance(result, VoidRound):
         scores.void_round(conn, round_no, result.reason)
         return True, nothing
-    if not scores.save_round_scores(conn, round_no, version, result, len(calibration.ends_s), at_ms):
+    if not scores.save_round_scores(conn, round_no, version, result, resolved, at_ms):
         return False, nothing
     return True, add_calibration(conn, round_no, version, calibration)

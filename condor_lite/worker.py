@@ -168,7 +168,9 @@ class Worker:
     def _limited(
         self, slot: int, item: float, work: Callable[[], T], tries: int = 2, limit_s: float | None = None
     ) -> T:
-        """`work()` within the time limit (`limit_s`: another one). The second try is for a machine that stood still meanwhile."""
+        """`work()` within the time limit, or `limit_s`. The second try is for a machine that stood still
+        meanwhile.
+        """
         try:
             self.note(slot, item)
             # An alarm on the very edge is raised inside the outer block, too: nowhere else can it be pending.
