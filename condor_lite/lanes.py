@@ -20,7 +20,7 @@ from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest
 from condor_lite.clock import Clock
 from condor_lite.game.entities import AnswerStatus, Model, Round
 from condor_lite.models.runner import Connection, Outcome, Reply, tick_request
-from condor_lite.pacer import Pacer
+from condor_lite.pacer import Throttle
 from condor_lite.prices.book import PriceBook, Prices, Times
 
 log = structlog.get_logger()
@@ -29,7 +29,8 @@ HISTORY_TIMEOUT_S = 120.0
 _HISTORY_TRIES = 3
 _HISTORY_PAUSE_S = 0.02  # between the sends of 5 MB each to two newcomers (20 at once hold the loop 123 ms)
 _BUSY_PAUSE_S = 0.25
-_STARTS_A_TURN = 8  # of calls in one turn of the event loop
+_UNDER_WAY = 32  # calls at once: more answers in one turn of the event loop hold it for too long
+_UNDER_WAY_S = 0.01  # how long a call counts as one of them
 _CACHED_TICKS = 16
 _PIECE = 1440  # points: a day of minutes, encoded in about 0.3 ms
 
@@ -189,7 +190,7 @@ class Floor:
     settle: Callable[[OpenRound, Participant, Reply], None]
     set_up_again: Callable[[Participant], None]
     give_up: Callable[[Participant, str, str], None]
-    pacer: Pacer = field(default_factory=lambda: Pacer(_STARTS_A_TURN))
+    throttle: Throttle = field(default_factory=lambda: Throttle(_UNDER_WAY, _UNDER_WAY_S))
     history_gate: HistoryGate = field(default_factory=HistoryGate)
 
 
@@ -324,17 +325,20 @@ class Lane:
         loop = asyncio.get_running_loop()
         until_s = loop.time() + timeout_s
         while True:
-            await floor.pacer.turn()
+            number = await floor.throttle.enter()
             if self.paused:
+                floor.throttle.leave(number)
                 raise _Paused
             left_s = until_s - loop.time()
             if left_s <= 0:
+                floor.throttle.leave(number)
                 return Reply(
                     Outcome.TIMEOUT, int(timeout_s * 1e6), "no time was left to ask before the deadline"
                 )
             if open_round is not None:
                 open_round.reached.add(self.participant.model.model_no)
             reply = await self.connection.ask(request, left_s)
+            floor.throttle.leave(number)
             if reply.outcome is Outcome.SETUP_MISSING:
                 floor.set_up_again(self.participant)
             if reply.outcome is not Outcome.BUSY:
