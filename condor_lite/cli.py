@@ -45,6 +45,13 @@ def parser() -> argparse.ArgumentParser:
     )
     score.add_argument("round_id", metavar="ROUND_ID", help="such as BTC-3600-60-1700000000")
     score.add_argument("model_id", metavar="MODEL_ID", nargs="?")
+    score.add_argument(
+        "--scorer-version",
+        type=int,
+        metavar="N",
+        help="the scores that this scorer gave, for a round that was scored again; default: those that count",
+    )
+    _add_rescore(verbs)
     models = verbs.add_parser(
         "models",
         help="every model: its state, how it fared in the last 24 h; pause, resume or restart one",
@@ -69,6 +76,43 @@ def parser() -> argparse.ArgumentParser:
         of_one = actions.add_parser(action, help=what, description=what[0].upper() + what[1:] + ".")
         of_one.add_argument("model_id", metavar="ID")
     return top
+
+
+def _add_rescore(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    rescore = verbs.add_parser(
+        "rescore",
+        help="score what is stored again, with fixed or other rules, also while the game runs",
+        description="Score the stored rounds again, under a new scorer version. A running game does it "
+        "behind its live rounds; without one it is done here. Until all of it is done nothing changes; then "
+        "the leaderboard switches at once. The old scores stay readable.",
+        epilog="Without --rule the config's rules are used: after scoring.rule was changed there and the "
+        "game started anew, or after an upgrade that scores differently. With --rule the game keeps that "
+        "rule when it is started again, until the config's scoring rules are changed or it is scored again "
+        "without --rule; the config should then say the same. Rounds whose answers are not stored any more "
+        "(storage.keep_payloads) keep their old scores; they go on counting in the windows if those are by "
+        "the same rules, and otherwise not: /leaderboard says how many, and which versions it mixes.",
+    )
+    rescore.add_argument(
+        "--since",
+        metavar="TIME",
+        help='only rounds that were resolved since: "2026-11-21T08:00:00Z", or "3d" ago (default: as far '
+        "back as answers are stored, and at least the longest window)",
+    )
+    rescore.add_argument("--rule", help='crps, log, likelihood or "package.module:function"')
+    rescore.add_argument(
+        "--target",
+        choices=("log_return", "price_change"),
+        help="only what scoring.target says is possible: answers to the one can't be read as the other",
+    )
+    instead = rescore.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the rescore that was interrupted, or show the one that is under way",
+    )
+    instead.add_argument(
+        "--forget", action="store_true", help="end a rescore without a switch, and delete what it has written"
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -157,14 +201,38 @@ def _score(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     with closing(open_read_only(config.storage.path)) as connection:
         if arguments.model_id is None:
-            lines = sums.round_lines(explain.explain_round(connection, arguments.round_id))
+            lines = sums.round_lines(
+                explain.explain_round(connection, arguments.round_id, arguments.scorer_version)
+            )
         else:
             lines = sums.answer_lines(
-                explain.explain(connection, config, arguments.round_id, arguments.model_id)
+                explain.explain(
+                    connection, config, arguments.round_id, arguments.model_id, arguments.scorer_version
+                )
             )
         for line in lines:
             print(line)
     return 0
+
+
+def _rescore(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from condor_lite import logs, progress
+
+    config = _config(arguments)
+    options = {name: getattr(arguments, name) for name in ("since", "rule", "target")}
+    if arguments.resume or arguments.forget:
+        if any(value is not None for value in options.values()):
+            _complain("--resume and --forget go without --since, --rule and --target")
+            return EXIT_BAD_START
+        options = {}
+    command = "rescore_resume" if arguments.resume else "rescore_forget" if arguments.forget else "rescore"
+    writer = logs.configure(replace(config.log, level="error"), sys.stderr)
+    try:
+        return 0 if progress.rescore(config, command, options) else 1
+    finally:
+        writer.close(wait_s=2.0)
 
 
 def _models(arguments: argparse.Namespace) -> int:
@@ -194,4 +262,4 @@ def _models(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_VERBS = {"check": _check, "init": _init, "score": _score, "models": _models}
+_VERBS = {"check": _check, "init": _init, "score": _score, "rescore": _rescore, "models": _models}

@@ -22,11 +22,12 @@ from condor_lite.storage.evidence import (
     find_answers,
     find_result,
     find_round,
+    find_versions,
     knows_model,
 )
 from condor_lite.storage.repositories import load_prices
 
-_SAME = 1e-6  # relative: how well the score computed anew must agree with the stored one
+_SAME = 1e-12  # relative: how well the score computed anew must agree with the stored one
 
 _SILENCE = {
     AnswerStatus.FAILED: "the call failed",
@@ -86,22 +87,28 @@ def parse_round_id(round_id: str) -> RoundKey | None:
     return RoundKey(asset, *map(int, numbers))
 
 
-def explain_round(conn: sqlite3.Connection, round_id: str) -> RoundExplanation:
-    """All models' scores in one round. Raises NotExplained where there are none."""
-    held, result = _scored_round(conn, round_id)
+def explain_round(conn: sqlite3.Connection, round_id: str, version: int | None = None) -> RoundExplanation:
+    """All models' scores in one round, those that count or one scorer's. Raises NotExplained where there are
+    none.
+    """
+    held, result = _scored_round(conn, round_id, version)
     assert held.round_no is not None
-    return RoundExplanation(held, result, find_answers(conn, held.round_no, result.scorer_version))
+    return RoundExplanation(held, result, find_answers(conn, held.round_no, result.shown_as))
 
 
-def explain(conn: sqlite3.Connection, config: Config, round_id: str, model_id: str) -> Explanation:
-    """One model's score in one round. It takes up to `scoring.time_limit`: not for an event loop.
+def explain(
+    conn: sqlite3.Connection, config: Config, round_id: str, model_id: str, version: int | None = None
+) -> Explanation:
+    """One model's score in one round, the one that counts or one scorer's.
+
+    It takes up to `scoring.time_limit`: not for an event loop.
 
     Raises NotExplained where the round is unknown or not scored (until then its answers are secret), or where
     the model was not part of it.
     """
-    held, result = _scored_round(conn, round_id)
+    held, result = _scored_round(conn, round_id, version)
     assert held.round_no is not None
-    answers = find_answers(conn, held.round_no, result.scorer_version, model_id)
+    answers = find_answers(conn, held.round_no, result.shown_as, model_id)
     if not answers:
         if knows_model(conn, model_id):
             raise NotExplained("this model was neither asked in the round nor missed in it")
@@ -123,14 +130,19 @@ def explain(conn: sqlite3.Connection, config: Config, round_id: str, model_id: s
     )
 
 
-def _scored_round(conn: sqlite3.Connection, round_id: str) -> tuple[Round, Result]:
+def _scored_round(conn: sqlite3.Connection, round_id: str, version: int | None) -> tuple[Round, Result]:
     key = parse_round_id(round_id)
     if key is None:
         raise NotExplained("a round's id looks like BTC-3600-60-1700000000: asset, horizon, step, time")
     held = find_round(conn, key.asset, key.horizon_s, key.step_s, key.scheduled_at_s)
     if held is None or held.round_no is None:
         raise NotExplained("no such round is stored: it was never due, is still to come, or is long past")
-    result = find_result(conn, held.round_no)
+    result = find_result(conn, held.round_no, version)
+    if result is None and (versions := find_versions(conn, held.round_no)):
+        raise NotExplained(
+            f"scorer version {version} has not scored this round; these have: "
+            + ", ".join(map(str, versions))
+        )
     if result is None or held.status is not RoundStatus.SCORED:
         raise NotExplained(_unscored(held))
     return held, result
@@ -160,7 +172,7 @@ def _segment_scores(
     if answer.raw is None:
         return None, answer.detail or "the answer could not be scored"
     scoring = config.scoring
-    rules = Rules(
+    rules = result.rules or Rules(
         rule=result.rule,
         target=result.target,
         log_halfwidth_bp=scoring.log_halfwidth,

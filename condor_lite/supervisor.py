@@ -26,6 +26,7 @@ from condor_lite.prices.replay import ReplaySource
 from condor_lite.report import server
 from condor_lite.report.api import create_app
 from condor_lite.report.live import Live
+from condor_lite.rescore import Rescorer
 from condor_lite.roster import Roster
 from condor_lite.score import ScoreLoop
 from condor_lite.storage import repositories
@@ -242,11 +243,13 @@ async def _start(
     await game.feed.start()
     roster = Roster(config.game.name, clock, db, game.journal, game.predict, orchestrator)
     await roster.start()
+    rescorer = Rescorer(config, clock, db, game.score)
     game.web = server.Server(create_app(game.live, db.reports), socket)
     started = [
-        Service("control", Control(db.path, roster.commands).run),
+        Service("control", Control(db.path, {**roster.commands, **rescorer.commands}).run),
         Service("predict", game.predict.run),
         Service("fleet", game.predict.fleet.run),
+        Service("rescore", rescorer.run),
         Service("score", game.score.run),
         Service("feed", game.feed.run, may_end=True),
         Service("journal", game.journal.run),

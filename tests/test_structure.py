@@ -13,8 +13,20 @@ ROOT = Path(condor_lite.__file__).parent
 HOUSE = [
     *("__init__", "errors", "stopping", "watchdog", "clock", "tracker", "game"),
     *("config_values", "config_document", "config_settings", "config_sections", "config", "logs"),
-    *("pacer", "storage", "prices", "models", "lanes", "predict", "worker", "pool", "scorer", "score"),
-    *("explain", "sums", "roster", "table", "control", "report"),
+    *(
+        "pacer",
+        "storage",
+        "prices",
+        "models",
+        "lanes",
+        "predict",
+        "worker",
+        "pool",
+        "scorer",
+        "score",
+        "rescore",
+    ),
+    *("explain", "sums", "roster", "table", "control", "progress", "report"),
     *("check", "scaffold", "supervisor", "cli", "__main__"),
 ]
 

@@ -8,20 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from condor_lite.game.entities import AnswerStatus, Round
+from condor_lite.game.scoring import Rules
 from condor_lite.storage.repositories import decompress, select_rounds
+from condor_lite.storage.rescores import load_rules
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a round was scored, by the newest scorer that did it. `median` and `no_move` are m and a (bp)."""
+    """How a round was scored, by one scorer. `median` and `no_move` are m and a (bp).
+
+    `scorer_version` is the scorer that computed the scores; `rules` are its rules, None where they were not
+    kept. `shown_as` is the scorer that they count under, another one where they were carried over.
+    """
 
     scorer_version: int
+    shown_as: int
     rule: str
     target: str
     median: float
     no_move: float
     resolved: int
     scored_at_ms: int
+    rules: Rules | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +59,34 @@ def find_round(
     return found[0] if found else None
 
 
-def find_result(conn: sqlite3.Connection, round_no: int) -> Result | None:
-    """None for a round that is not scored."""
+def find_result(conn: sqlite3.Connection, round_no: int, version: int | None = None) -> Result | None:
+    """The result that counts, or that of one scorer; None where the round has none."""
     row = conn.execute(
         """
-        SELECT scorer_version, rule, target, median, no_move, resolved, scored_at_ms
-        FROM round_score JOIN scorer USING (scorer_version)
-        WHERE round_no = ? ORDER BY scorer_version DESC LIMIT 1
+        SELECT origin.scorer_version, q.scorer_version, origin.rule, origin.target, median, no_move,
+               resolved, scored_at_ms, origin.rules
+        FROM round_score q JOIN scorer shown ON shown.scorer_version = q.scorer_version
+        JOIN scorer origin ON origin.scorer_version = coalesce(q.carried_from, q.scorer_version)
+        WHERE round_no = :round AND shown.published
+            AND (:version IS NULL OR q.scorer_version = :version)
+        ORDER BY q.scorer_version DESC LIMIT 1
         """,
-        (round_no,),
+        {"round": round_no, "version": version},
     ).fetchone()
-    return None if row is None else Result(*row)
+    if row is None:
+        return None
+    *values, rules = row
+    return Result(*values, load_rules(rules))  # type: ignore[call-arg]
+
+
+def find_versions(conn: sqlite3.Connection, round_no: int) -> list[int]:
+    """The published scorers that scored a round, the oldest first."""
+    rows = conn.execute(
+        "SELECT scorer_version FROM round_score JOIN scorer USING (scorer_version) "
+        "WHERE round_no = ? AND published ORDER BY scorer_version",
+        (round_no,),
+    )
+    return [int(version) for (version,) in rows]
 
 
 def knows_model(conn: sqlite3.Connection, model_id: str) -> bool:
@@ -81,7 +106,11 @@ def find_answers(
             UNION ALL
             SELECT value, 'ABSENT', NULL, NULL, NULL FROM json_each(:absent)
         )
-        SELECT model_id, model_name, status, detail, received_at_ms, exec_time_us, raw, counted, score,
+        SELECT model_id, model_name,
+               CASE WHEN raw IS NOT NULL THEN 'SUCCESS' WHEN score.detail IS NOT NULL THEN 'FAILED'
+                    ELSE status END,
+               CASE WHEN raw IS NULL THEN coalesce(score.detail, part.detail) END,
+               received_at_ms, exec_time_us, raw, counted, score,
                CASE WHEN :model IS NULL THEN NULL ELSE body END
         FROM part JOIN model USING (model_no)
         LEFT JOIN score
