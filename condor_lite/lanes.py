@@ -20,7 +20,7 @@ from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest
 from condor_lite.clock import Clock
 from condor_lite.game.entities import AnswerStatus, Model, Round
 from condor_lite.models.runner import Connection, Outcome, Reply, tick_request
-from condor_lite.pacer import Throttle
+from condor_lite.pacer import Throttle, Waker
 from condor_lite.prices.book import PriceBook, Prices, Times
 
 log = structlog.get_logger()
@@ -31,6 +31,7 @@ _HISTORY_PAUSE_S = 0.02  # between the sends of 5 MB each to two newcomers (20 a
 _BUSY_PAUSE_S = 0.25
 _UNDER_WAY = 32  # calls at once: more answers in one turn of the event loop hold it for too long
 _UNDER_WAY_S = 0.01  # how long a call counts as one of them
+_STARTS_A_TURN = 8  # of calls in one turn of the event loop
 _CACHED_TICKS = 16
 _PIECE = 1440  # points: a day of minutes, encoded in about 0.3 ms
 
@@ -190,7 +191,8 @@ class Floor:
     settle: Callable[[OpenRound, Participant, Reply], None]
     set_up_again: Callable[[Participant], None]
     give_up: Callable[[Participant, str, str], None]
-    throttle: Throttle = field(default_factory=lambda: Throttle(_UNDER_WAY, _UNDER_WAY_S))
+    waker: Waker
+    throttle: Throttle = field(default_factory=lambda: Throttle(_UNDER_WAY, _UNDER_WAY_S, _STARTS_A_TURN))
     history_gate: HistoryGate = field(default_factory=HistoryGate)
 
 
@@ -220,11 +222,11 @@ class Lane:
     def ask(self, open_round: OpenRound) -> None:
         """Put `open_round` in line."""
         self._asks.append(open_round)
-        self._wake.set()
+        self.wake()
 
     def wake(self) -> None:
         """New points may be there, or the model was paused or resumed."""
-        self._wake.set()
+        self._floor.waker.wake(self._wake)
 
     async def run(self) -> None:
         """Feed and ask the model until cancelled."""

@@ -22,6 +22,7 @@ from condor_lite.game.entities import Answer, AnswerStatus, Model, Round, RoundS
 from condor_lite.lanes import Floor, Lane, OpenRound, Participant, Ticks
 from condor_lite.models.fleet import Fleet
 from condor_lite.models.runner import Connection, Outcome, Reply, predict_request
+from condor_lite.pacer import Waker
 from condor_lite.prices.feed import Feed
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
@@ -32,6 +33,7 @@ log = structlog.get_logger()
 _AFTER_THE_TICK_S = 0.005  # wall: the simulated prices of a round's time are in the book before it opens
 _MISSED_BACK_S = 7 * 86400
 _KNOWN_FOR_S = 7 * 86400
+_WAKES_A_TURN = 32  # of lanes in one turn of the event loop
 _HEARTBEAT_S = 30.0
 _LANE_RESTART_S = 1.0
 _SUSPECT_FROM = 3  # models from which on a majority of time-outs is taken for our own fault
@@ -80,6 +82,7 @@ class PredictLoop:
             settle=self._settle,
             set_up_again=self._set_up_again,
             give_up=self._give_up,
+            waker=Waker(clock, _WAKES_A_TURN),
         )
         self._requests = {
             setting: predict_request(setting.asset, setting.horizon_s, setting.step_s)
