@@ -1,7 +1,7 @@
 """A fuzzer over raw payloads, guided by coverage: whatever comes in ends in a score or a reason.
 
-By hand, with atheris (`pip install atheris`): `python -m benchmarks fuzz`, with as many payloads as `FUZZ_RUNS`
-says. Without atheris it says so and does nothing.
+By hand, with atheris (`pip install atheris`): `python -m benchmarks fuzz`, with as many payloads as
+`FUZZ_RUNS` says. Without atheris it says so and does nothing.
 """
 
 from __future__ import annotations
