@@ -165,6 +165,8 @@ class Rescorer:
             job = await self._db.read(rescores.pending)
             if job is None:
                 raise RescoreError("there is no interrupted rescore to resume")
+            if job.fingerprint == rescores.FORGOTTEN:
+                raise RescoreError("this rescore is half forgotten: `condor-lite rescore --forget` ends that")
             newest = await self._db.read(rescores.newest_version)
             now = replace(configured_rules(self._config), rule=job.rules.rule)
             if newest > job.scorer_version or await asyncio.to_thread(_checked, now) != job.fingerprint:
@@ -185,10 +187,9 @@ class Rescorer:
             job = await self._db.read(rescores.pending)
             if job is None:
                 raise RescoreError("there is no rescore to forget: none is under way or was interrupted")
+            await self._db.write(rescores.begin_to_forget, job.scorer_version)
             after_no: int | None = -1
-            rounds = 0
             while after_no is not None:
-                rounds += _FORGOTTEN
                 after_no = await self._db.write(
                     rescores.forget_some, job.scorer_version, after_no, _FORGOTTEN
                 )

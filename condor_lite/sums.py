@@ -12,6 +12,7 @@ from condor_lite.game.entities import Round
 from condor_lite.storage.evidence import AnswerEvidence, Result
 
 _NAME_CHARS = 32
+_EXACT_CHARS = 23
 
 
 def round_lines(explained: RoundExplanation) -> Iterator[str]:
@@ -37,16 +38,17 @@ def answer_lines(explained: Explanation) -> Iterator[str]:
     if explained.reason:
         yield f"note     {explained.reason}"
     yield ""
-    yield f"{'segment':>7}  {'until (UTC)':<19} {'price':>16} {'increment':>14} {'score':>12}  density"
+    columns = " ".join(f"{name:>{_EXACT_CHARS}}" for name in ("price", "increment", "score"))
+    yield f"{'segment':>7}  {'until (UTC)':<19} {columns}  density"
     densities = orjson.loads(explained.densities) if explained.densities is not None else []
     start_s, start_price = explained.prices[0]
-    yield f"{'start':>7}  {_time(start_s):<19} {_number(start_price, 16)}"
+    yield f"{'start':>7}  {_time(start_s):<19} {_exact(start_price)}"
     for at, (ts_s, price) in enumerate(explained.prices[1:]):
         density = orjson.dumps(densities[at]).decode() if _has(densities, at) else ""
         value = explained.segment_scores[at] if explained.segment_scores else None
         yield (
-            f"{at + 1:>7}  {_time(ts_s):<19} {_number(price, 16)} {_number(explained.increments[at], 14, 9)} "
-            f"{_number(value, 12)}  {density[:200]}".rstrip()
+            f"{at + 1:>7}  {_time(ts_s):<19} {_exact(price)} {_exact(explained.increments[at])} "
+            f"{_exact(value)}  {density[:200]}".rstrip()
         )
     yield ""
     yield from _sum(answer, result)
@@ -55,24 +57,31 @@ def answer_lines(explained: Explanation) -> Iterator[str]:
 def _heading(round_: Round, result: Result) -> Iterator[str]:
     yield f"round    {round_.round_id}"
     yield f"asked    {_time(round_.scheduled_at_s)} UTC, resolved {_time(round_.resolvable_at_s)} UTC"
-    yield f"rule     {result.rule} on {result.target}, scorer version {result.scorer_version}"
+    carried = f", carried over into {result.shown_as}" if result.shown_as != result.scorer_version else ""
+    yield f"rule     {result.rule} on {result.target}, scorer version {result.scorer_version}{carried}"
     yield f"segments {result.resolved} of {round_.setting.segments} resolved"
-    yield f"median   {result.median:.12g} (m: the median model's raw score)"
-    yield f"no move  {result.no_move:.12g} (a: what the forecast of no move would have scored)"
+    yield f"median   {result.median!r} (m: the median model's raw score)"
+    yield f"no move  {result.no_move!r} (a: what the forecast of no move would have scored)"
 
 
 def _sum(answer: AnswerEvidence, result: Result) -> Iterator[str]:
     if answer.raw is not None:
-        yield f"raw      {answer.raw:.12g} = the mean of the resolved segments' scores"
+        yield f"raw      {answer.raw!r} = the mean of the resolved segments' scores"
     if answer.counted is None or answer.score is None:
         return
     if answer.counted != answer.raw:
-        why = "capped at 3 m" if answer.raw is not None else "no valid answer: the round's 90th percentile"
-        yield f"counted  {answer.counted:.12g} ({why})"
+        why = "capped at 3 m"
+        if answer.raw is None:
+            limit = ", at most 1.25 m" if result.rule == "crps" else ""
+            why = f"no valid answer: the 90th percentile of the round's valid scores{limit}"
+        yield f"counted  {answer.counted!r} ({why})"
     if result.rule == "crps":
-        yield f"score    {answer.score:.12g} = 100 * (m - counted) / a"
+        formula = "100 * (m - counted) / a"
+    elif (answer.score > 0) == (answer.counted > result.median):  # the rule says that higher is better
+        formula = "100 * (counted - m)"
     else:
-        yield f"score    {answer.score:.12g} = 100 * (m - counted)"
+        formula = "100 * (m - counted)"
+    yield f"score    {answer.score!r} = {formula}"
 
 
 def _has(densities: object, at: int) -> bool:
@@ -85,6 +94,11 @@ def _shown(name: str) -> str:
 
 def _time(ts_s: int) -> str:
     return datetime.fromtimestamp(ts_s, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _exact(value: float | None) -> str:
+    """All digits: who adds them up gets the stored sum."""
+    return f"{'-' if value is None else repr(value):>{_EXACT_CHARS}}"
 
 
 def _number(value: float | None, width: int, decimals: int = 6) -> str:

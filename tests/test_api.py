@@ -57,6 +57,15 @@ pytestmark = pytest.mark.anyio
 
 START_S = 1_700_002_800  # a full hour
 NOW_S = START_S + 1000
+NO_LEADERBOARD = {
+    "window": "anchor",
+    "count": 0,
+    "models": [],
+    "scorer_version": None,
+    "mixed_versions": [],
+    "uncounted_rounds": 0,
+}
+
 EVIL = "<script>alert(1)</script>"
 
 CONFIG = """
@@ -291,7 +300,8 @@ async def test_snapshots_are_charted_oldest_first_with_naive_times(game: Game) -
     rows = await game.get("/reports/models/global", projectIds="1,b/2", start=day(-30), end=day(1))
 
     assert len(rows) == 4
-    assert set(rows[0]) == {"model_id", "score_recent", "score_steady", "score_anchor", "performed_at"}
+    scores_of = {"model_id", "score_recent", "score_steady", "score_anchor"}
+    assert set(rows[0]) == {*scores_of, "performed_at", "scorer_version"}
     assert [row["performed_at"] for row in rows] == sorted(row["performed_at"] for row in rows)
     assert rows[0]["performed_at"] == "2023-11-14T23:01:40"
     assert {row["model_id"] for row in rows} == {"1", "b/2"}
@@ -335,6 +345,7 @@ async def test_predictions_carry_scores_and_the_reasons_of_failures(game: Game) 
             "raw_score",
             "exec_time_us",
             "round_id",
+            "scorer_version",
         ),
     }
     assert first["1"]["score_failed"] is False
@@ -646,7 +657,7 @@ async def test_before_anything_happened_every_answer_is_valid(fresh: Game) -> No
         assert await fresh.get(path) == []
     for path in ("/reports/models/params", "/reports/predictions", "/reports/feeds", "/reports/feeds/tail"):
         assert await fresh.get(path) == []
-    assert await fresh.get("/leaderboard") == {"window": "anchor", "count": 0, "models": []}
+    assert await fresh.get("/leaderboard") == NO_LEADERBOARD
     assert (await fresh.get("/statistics"))["total_predictions"] == 0
     page = await fresh.client.get("/")
     assert "No model has joined yet" in page.text
@@ -806,7 +817,7 @@ async def test_a_slow_or_failing_database_is_a_503_and_a_bug_a_500(tmp_path: Pat
     async with serve(tmp_path, readers=readers) as game:
         assert "longer than 2 s" in await game.error("/rounds", 503)
         assert "longer than 2 s" in (await game.get("/readyz", 503))["detail"]
-        assert await game.get("/leaderboard") == {"window": "anchor", "count": 0, "models": []}
+        assert await game.get("/leaderboard") == NO_LEADERBOARD
         await game.get("/healthz")
         readers.error = RuntimeError("secret detail")
         detail = await game.error("/rounds", 500)

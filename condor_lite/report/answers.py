@@ -65,7 +65,8 @@ class LeaderboardRow:
 
     `standard_error_*` are those of the scores. `p_better_than_next`: the probability that the model is better
     than the next one that has a rank. `coverage_90`: the share of moves inside its central 90 % intervals;
-    `bias`: mean PIT - 0.5. None until there is enough to say.
+    `bias`: mean PIT - 0.5. None until there is enough to say. `mixes_versions`: other scorers' scores are
+    in the sums beside those of `scorer_version`.
     """
 
     created_at: Moment
@@ -92,6 +93,8 @@ class LeaderboardRow:
     p_better_than_next: float | None
     coverage_90: float | None
     bias: float | None
+    scorer_version: int | None
+    mixes_versions: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ class SnapshotRow:
     score_steady: float | None
     score_anchor: float | None
     performed_at: NaiveMoment
+    scorer_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +120,15 @@ class SettingSnapshotRow:
     score_steady: float | None
     score_anchor: float | None
     performed_at: NaiveMoment
+    scorer_version: int
 
 
 @dataclass(frozen=True, slots=True)
 class PredictionRow:
-    """`score_value` is None until the round is scored; `score_failed`: the model has no score of its own."""
+    """`score_value` is None until the round is scored; `score_failed`: the model has no score of its own.
+
+    `scorer_version`: the scorer that scored it. Scores of different ones may be by different rules.
+    """
 
     model_id: str
     param: str
@@ -136,6 +144,7 @@ class PredictionRow:
     status: str
     raw_score: float | None
     exec_time_us: int
+    scorer_version: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +220,17 @@ class RankedModel:
 
 @dataclass(frozen=True, slots=True)
 class WindowLeaderboard:
+    """`scorer_version`: whose scores are summed up. `mixed_versions`: other scorers whose scores are in the
+    sums, too. `uncounted_rounds`: rounds of the last 7 days that only other scorers have scored, which don't
+    count.
+    """
+
     window: str
     count: int
     models: list[RankedModel]
+    scorer_version: int | None
+    mixed_versions: list[int]
+    uncounted_rounds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +253,7 @@ class RecentPrediction:
     exec_time_us: int
     raw_score: float | None
     score: float | None
+    scorer_version: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +318,8 @@ class ModelMetrics:
     calibration_by_setting: dict[str, ModelCalibration]
     deployments: list[Deployment]
     recent_predictions: list[RecentPrediction]
+    scorer_version: int | None
+    mixed_versions: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +339,7 @@ class Statistics:
     started_at: Moment
     leaderboard_at: Moment | None
     scoring_rule: str
+    scorer_version: int | None
     simulated_prices: bool
 
 
@@ -372,6 +393,7 @@ class RoundDetail:
     median: float | None
     no_move: float | None
     resolved_segments: int | None
+    scorer_version: int | None
     predictions: list[RoundPrediction]
 
 

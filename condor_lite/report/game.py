@@ -54,7 +54,7 @@ async def leaderboard(context: Context, sent: LeaderboardParams) -> Reply:
     if sent.limit == DEFAULT_LIMIT:
         return made.windows[sent.window]
     standings = made.by_window[sent.window][: sent.limit]
-    return pack(window_leaderboard(sent.window, standings), context.max_age_s)
+    return pack(window_leaderboard(sent.window, standings, made.versions), context.max_age_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,8 @@ async def model_metrics(context: Context, sent: ModelParams) -> Reply:
             calibration_by_setting=dict(by_setting),
             deployments=_deployments(deployments),
             recent_predictions=[_recent_prediction(row) for row in predictions],
+            scorer_version=made.versions.current,
+            mixed_versions=made.versions.mixed,
         ),
         _BRIEFLY_S,
     )
@@ -162,6 +164,7 @@ async def round_detail(context: Context, sent: RoundParams) -> Reply:
                 median=row["median"],
                 no_move=row["no_move"],
                 resolved_segments=row["resolved"],
+                scorer_version=row["scorer_version"],
                 predictions=[
                     RoundPrediction(
                         model_id=answer["model_id"],
@@ -186,6 +189,10 @@ async def round_detail(context: Context, sent: RoundParams) -> Reply:
 class PredictionParams:
     round_id: str = field(metadata=params.path("such as BTC-3600-60-1700000000"))
     model_id: str = field(metadata=params.path())
+    scorer_version: int | None = field(
+        default=None,
+        metadata=params.whole(1, 10**9, "as this scorer scored it; left out, the one that counts"),
+    )
 
 
 async def prediction_detail(context: Context, sent: PredictionParams) -> Reply:
@@ -193,7 +200,7 @@ async def prediction_detail(context: Context, sent: PredictionParams) -> Reply:
 
     def work() -> Reply:
         with closing(open_read_only(context.live.config.storage.path)) as conn:
-            found = explain(conn, context.live.config, sent.round_id, sent.model_id)
+            found = explain(conn, context.live.config, sent.round_id, sent.model_id, sent.scorer_version)
         return pack(_prediction_detail(found), context.max_age_s)
 
     try:
@@ -218,6 +225,7 @@ async def _statistics(context: Context, total_models: int) -> Reply:
     live = context.live
     now_s = live.clock.now()
     row = await queries.statistics(context.readers, now_s - _DAY_S)
+    scorer = await queries.current_scorer(context.readers)
     return pack(
         Statistics(
             total_models=total_models,
@@ -232,7 +240,8 @@ async def _statistics(context: Context, total_models: int) -> Reply:
             game_time=moment(int(now_s)),
             started_at=moment(int(live.started_at_s)),
             leaderboard_at=moment(live.leaderboard.created_at_s) if live.leaderboard else None,
-            scoring_rule=live.config.scoring.rule,
+            scoring_rule=scorer["rule"] if scorer else live.config.scoring.rule,
+            scorer_version=scorer["scorer_version"] if scorer else None,
             simulated_prices=live.config.feed.source == "synthetic",
         ),
         _BRIEFLY_S,
@@ -293,6 +302,7 @@ def _recent_prediction(row: Row) -> RecentPrediction:
         exec_time_us=row["exec_time_us"],
         raw_score=row["raw"],
         score=row["score"],
+        scorer_version=row["scorer_version"],
     )
 
 

@@ -206,6 +206,7 @@ def _snapshot_row(row: Row) -> SnapshotRow:
         row["score_steady"],
         row["score_anchor"],
         naive_moment(row["at_s"]),
+        row["scorer_version"],
     )
 
 
@@ -220,6 +221,7 @@ def _setting_snapshot_row(row: Row) -> SettingSnapshotRow:
         row["score_steady"],
         row["score_anchor"],
         naive_moment(row["at_s"]),
+        row["scorer_version"],
     )
 
 
@@ -242,6 +244,7 @@ def _prediction_row(row: Row) -> PredictionRow:
         status=row["answer_status"],
         raw_score=row["raw"],
         exec_time_us=row["exec_time_us"],
+        scorer_version=row["scorer_version"],
     )
 
 

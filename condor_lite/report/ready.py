@@ -14,12 +14,25 @@ DEFAULT_LIMIT = 100
 
 
 @dataclass(frozen=True, slots=True)
+class Versions:
+    """Whose scores the leaderboard sums up: the current scorer's, along with those of others (`mixed`).
+
+    `uncounted`: rounds of the longest window that only other scorers have scored.
+    """
+
+    current: int | None
+    mixed: list[int]
+    uncounted: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReadyMade:
     """`standings`: all models that the game knows, those without a standing last; `by_window`: sorted by each
     window. `windows`: the bodies of `/leaderboard` for each window at its default limit.
     """
 
     created_at_s: float
+    versions: Versions
     standings: tuple[Standing, ...]
     by_id: Mapping[str, Standing]
     by_window: Mapping[Window, tuple[Standing, ...]]
@@ -45,27 +58,38 @@ def make(
     ]
     standings += [_unranked(model) for model in sorted(fresh.values(), key=_seniority)]
     by_window = {window: _sorted_by(window, standings, created_at_s) for window in Window}
+    versions = Versions(None, [], 0)
+    if leaderboard is not None:
+        mixed = list(leaderboard.mixed_versions)
+        versions = Versions(leaderboard.scorer_version, mixed, leaderboard.uncounted)
     return ReadyMade(
         created_at_s=created_at_s,
+        versions=versions,
         standings=tuple(standings),
         by_id={standing.model.info.model_id: standing for standing in standings},
         by_window=by_window,
         connected=connected,
         windows={
-            window: pack(window_leaderboard(window, by_window[window][:DEFAULT_LIMIT]), max_age_s)
+            window: pack(window_leaderboard(window, by_window[window][:DEFAULT_LIMIT], versions), max_age_s)
             for window in Window
         },
         hub_leaderboard=pack(
-            [_leaderboard_row(standing, connected, moment(created_at_s)) for standing in standings], max_age_s
+            [_leaderboard_row(standing, connected, moment(created_at_s), versions) for standing in standings],
+            max_age_s,
         ),
         hub_models=pack([_model_row(standing.model) for standing in standings], max_age_s),
     )
 
 
-def window_leaderboard(window: Window, standings: Sequence[Standing]) -> WindowLeaderboard:
+def window_leaderboard(
+    window: Window, standings: Sequence[Standing], versions: Versions
+) -> WindowLeaderboard:
     return WindowLeaderboard(
         window=window.value,
         count=len(standings),
+        scorer_version=versions.current,
+        mixed_versions=versions.mixed,
+        uncounted_rounds=versions.uncounted,
         models=[
             RankedModel(
                 rank=standing.ranks.get(window),
@@ -121,7 +145,9 @@ def _sorted_by(window: Window, standings: Sequence[Standing], now_s: float) -> t
     return tuple(sorted(standings, key=key))
 
 
-def _leaderboard_row(standing: Standing, connected: Set[str], created_at: str) -> LeaderboardRow:
+def _leaderboard_row(
+    standing: Standing, connected: Set[str], created_at: str, versions: Versions
+) -> LeaderboardRow:
     info = standing.model.info
     return LeaderboardRow(
         created_at=created_at,
@@ -148,6 +174,8 @@ def _leaderboard_row(standing: Standing, connected: Set[str], created_at: str) -
         p_better_than_next=one_digit(standing.p_better_than_next),
         coverage_90=standing.calibration.coverage_90 if standing.calibration else None,
         bias=standing.calibration.bias if standing.calibration else None,
+        scorer_version=versions.current,
+        mixes_versions=bool(versions.mixed),
     )
 
 

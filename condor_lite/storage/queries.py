@@ -19,12 +19,23 @@ _WORTH_COUNTING = 200_000
 _BEFORE_ALL = -(2**62)
 _AFTER_ALL = 2**62
 
-# The newest scorer's result stands for a round that was scored more than once.
-_RESULT = """
-    LEFT JOIN round_score q ON q.round_no = r.round_no
-        AND q.scorer_version = (SELECT max(scorer_version) FROM round_score WHERE round_no = r.round_no)
+# For a round that was scored more than once, the result of the newest scorer that is published.
+_NEWEST = """
+    (SELECT max(n.scorer_version) FROM round_score n
+     CROSS JOIN scorer v ON v.scorer_version = n.scorer_version
+     WHERE n.round_no = r.round_no AND v.published)
+"""
+_RESULT = f"""
+    LEFT JOIN round_score q ON q.round_no = r.round_no AND q.scorer_version = {_NEWEST}
     LEFT JOIN score s ON s.round_no = q.round_no AND s.scorer_version = q.scorer_version
         AND s.model_no = p.model_no
+"""
+# What became of an answer under that scorer: another one may have rejected it.
+_ANSWER = """
+    CASE WHEN s.raw IS NOT NULL THEN 'SUCCESS' WHEN s.detail IS NOT NULL THEN 'FAILED' ELSE p.status END
+        AS answer_status,
+    CASE WHEN s.raw IS NULL THEN coalesce(s.detail, p.detail) END AS detail,
+    coalesce(q.carried_from, q.scorer_version) AS scorer_version
 """
 _ROUND = """
     r.round_no, r.asset, r.horizon_s, r.step_s, r.scheduled_at_s, r.resolvable_at_s, r.performed_at_ms,
@@ -96,7 +107,7 @@ async def snapshots(
         )
         if count <= limit:
             return await readers.fetch(
-                f"SELECT m.model_id, t.created_at_s AS at_s, {scores}{setting} "  # noqa: S608
+                f"SELECT m.model_id, t.scorer_version, t.created_at_s AS at_s, {scores}{setting} "  # noqa: S608
                 f"FROM {table} t {named} {chosen} {order}",
                 params,
             )
@@ -104,14 +115,14 @@ async def snapshots(
             span_s = spacing_s * -(-count // limit)
             return await readers.fetch(
                 # With a lone max(), the other columns are those of the row that holds it.
-                f"SELECT m.model_id, max(t.created_at_s) AS at_s, {scores}{setting} "  # noqa: S608
+                f"SELECT m.model_id, t.scorer_version, max(t.created_at_s) AS at_s, {scores}{setting} "  # noqa: S608
                 f"FROM {table} t {named} {chosen} "
                 f"GROUP BY t.model_no{setting}, t.created_at_s / ? {order} LIMIT ?",
                 (*params, span_s, limit),
             )
     among, some = ("", ()) if model_nos is None else _among(model_nos)
     return await readers.fetch(
-        f"SELECT m.model_id, t.created_at_s AS at_s, {scores}{setting} "  # noqa: S608
+        f"SELECT m.model_id, t.scorer_version, t.created_at_s AS at_s, {scores}{setting} "  # noqa: S608
         f"FROM {table} t INDEXED BY {table}_by_time {named} WHERE {within} {among} "
         "ORDER BY t.created_at_s DESC LIMIT ?",
         (start_s, end_s, *some, limit),
@@ -166,7 +177,7 @@ async def predictions(
         f"""
         WITH found AS MATERIALIZED ({keys}),
              page AS MATERIALIZED (SELECT * FROM found ORDER BY round_no DESC, model_no DESC LIMIT ?)
-        SELECT {_ROUND}, p.model_no, m.model_id, p.status AS answer_status, p.detail, p.exec_time_us,
+        SELECT {_ROUND}, p.model_no, m.model_id, {_ANSWER}, p.exec_time_us,
                q.scored_at_ms, s.raw, s.score
         FROM page CROSS JOIN prediction p ON p.round_no = page.round_no AND p.model_no = page.model_no
         CROSS JOIN round r ON r.round_no = p.round_no CROSS JOIN model m ON m.model_no = p.model_no {_RESULT}
@@ -212,9 +223,10 @@ async def round_by_key(
     """One round with its newest result, None where there is no such round."""
     rows = await readers.fetch(
         f"""
-        SELECT {_ROUND}, r.absent_models, q.median, q.no_move, q.resolved, q.scored_at_ms
+        SELECT {_ROUND}, r.absent_models, q.median, q.no_move, q.resolved, q.scored_at_ms,
+               coalesce(q.carried_from, q.scorer_version) AS scorer_version
         FROM round r LEFT JOIN round_score q ON q.round_no = r.round_no
-            AND q.scorer_version = (SELECT max(scorer_version) FROM round_score WHERE round_no = r.round_no)
+            AND q.scorer_version = {_NEWEST}
         WHERE r.asset = ? AND r.horizon_s = ? AND r.step_s = ? AND r.scheduled_at_s = ?
         """,  # noqa: S608 - only constants
         (asset, horizon_s, step_s, scheduled_at_s),
@@ -233,8 +245,7 @@ async def round_answers(readers: Readers, round_no: int) -> list[sqlite3.Row]:
             SELECT round_no, absent.value, 'ABSENT', NULL, NULL, NULL
             FROM round, json_each(round.absent_models) absent WHERE round_no = ?
         )
-        SELECT m.model_id, m.model_name, p.status AS answer_status, p.detail, p.received_at_ms,
-               p.exec_time_us, s.raw, s.score
+        SELECT m.model_id, m.model_name, {_ANSWER}, p.received_at_ms, p.exec_time_us, s.raw, s.score
         FROM asked p CROSS JOIN model m ON m.model_no = p.model_no
         CROSS JOIN round r ON r.round_no = p.round_no {_RESULT}
         ORDER BY s.score DESC NULLS LAST, p.status = 'SUCCESS' DESC, m.model_id LIMIT ?
@@ -286,6 +297,14 @@ async def statistics(readers: Readers, since_s: float) -> sqlite3.Row:
         (since_s, since_s, since_s),
     )
     return row
+
+
+async def current_scorer(readers: Readers) -> sqlite3.Row | None:
+    """The version and the rule whose scores count now; None before the first."""
+    rows = await readers.fetch(
+        "SELECT scorer_version, rule FROM scorer WHERE published ORDER BY scorer_version DESC LIMIT 1"
+    )
+    return rows[0] if rows else None
 
 
 async def is_readable(readers: Readers) -> None:

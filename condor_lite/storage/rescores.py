@@ -16,6 +16,8 @@ from condor_lite.game.scoring import Rules
 from condor_lite.storage import scores
 from condor_lite.storage.repositories import decompress, select_rounds
 
+FORGOTTEN = "forgotten"  # the fingerprint of a scorer whose scores are being deleted, or are gone
+
 _CHOICE = "rule_by_rescore"  # the key in `meta`
 
 # Rounds of a rescore (:version, :from) that nothing has been decided about.
@@ -275,6 +277,13 @@ def switch(conn: sqlite3.Connection, job: Pending, configured: Rules, leaderboar
     return True
 
 
+def begin_to_forget(conn: sqlite3.Connection, version: int) -> None:
+    """From here on it can't be resumed: what is left of it is no whole."""
+    conn.execute(
+        "UPDATE scorer SET fingerprint = ? WHERE scorer_version = ? AND NOT published", (FORGOTTEN, version)
+    )
+
+
 def forget_some(conn: sqlite3.Connection, version: int, after_no: int, rounds: int) -> int | None:
     """Delete the unpublished scores of some rounds above `after_no`; the last one's number.
 
@@ -291,6 +300,18 @@ def forget_some(conn: sqlite3.Connection, version: int, after_no: int, rounds: i
         conn.execute("DELETE FROM round_score WHERE round_no = ? AND scorer_version = ?", (round_no, version))
     if found:
         return int(found[-1][0])
+    sums = conn.execute(
+        "SELECT DISTINCT asset, horizon_s, step_s, model_no FROM calibration WHERE scorer_version = ? "
+        "AND scorer_version IN (SELECT scorer_version FROM scorer WHERE NOT published) LIMIT ?",
+        (version, rounds),
+    ).fetchall()
+    conn.executemany(
+        "DELETE FROM calibration "
+        "WHERE scorer_version = ? AND asset = ? AND horizon_s = ? AND step_s = ? AND model_no = ?",
+        ((version, *key) for key in sums),
+    )
+    if sums:
+        return after_no
     conn.execute("DELETE FROM left_out WHERE scorer_version = ?", (version,))
     conn.execute("DELETE FROM rescore WHERE scorer_version = ?", (version,))
     return None
