@@ -1,0 +1,482 @@
+"""The predict loop in real time, against real gRPC servers in processes of their own.
+
+Every part runs in a fresh process. A round's time runs from the moment it opens to the commit of an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import anyio
+import orjson
+import psutil
+from model_runner_client.grpc.generated.commons_pb2 import Argument, Variant, VariantType
+from model_runner_client.model_concurrent_runners import DynamicSubclassModelConcurrentRunner
+
+from condor_lite import config as configuration
+from condor_lite.clock import GameClock
+from condor_lite.config import Config
+from condor_lite.game.entities import Answer, AnswerStatus, Leaderboard
+from condor_lite.game.scoring import Rules
+from condor_lite.logs import configure
+from condor_lite.pool import ScoringPool
+from condor_lite.predict import PredictLoop
+from condor_lite.prices.feed import Feed, make_source
+from condor_lite.report import server as web
+from condor_lite.report.api import create_app
+from condor_lite.report.live import Live
+from condor_lite.storage import repositories
+from condor_lite.storage.database import Database
+from condor_lite.storage.journal import Journal
+from condor_lite.worker import ValidationItem
+from tests.fleet.process import FleetProcess
+
+HORIZON_S, STEP_S = 60, 1
+CONFIG = """
+[[game.settings]]
+assets = {assets}
+horizon = "60s"
+step = "1s"
+interval = "{interval}"
+
+[feed]
+tick = "1s"
+history = "{history}"
+
+[predict]
+timeout = "{interval}"
+max_consecutive_failures = 1000000
+max_consecutive_timeouts = 1000000
+max_segment_bytes = 32768
+
+[orchestrator]
+mode = "remote"
+port = {port}
+
+[log]
+level = "error"
+"""
+
+BEAT_S = 0.005
+TURNS = 4
+HOSTILE = {
+    "hanging": "hangs",
+    "slow": "slow",
+    "garbage": "truncated",
+    "frozen": "well",
+    "dead": "well",
+    "at the limit (2 MB)": "two_mb",
+    "over it (5 MB)": "five_mib",
+}
+"""Who the ten are, and how they behave: the process of some is stopped or killed."""
+
+
+def main() -> None:
+    """Run every part in turn."""
+    for part in PARTS:
+        subprocess.run([sys.executable, "-m", "benchmarks.predict", part], check=True)
+
+
+class TimedJournal(Journal):
+    """Notes when a round was opened, and when its answers were on disk."""
+
+    def __init__(self, db: Database) -> None:
+        super().__init__(db)
+        self.rounds: dict[int, Times] = {}
+
+    def append(self, apply: Callable[..., Any], *arguments: Any, **options: Any) -> bool:
+        if apply is repositories.open_rounds:
+            now_s = time.time()
+            for opened in arguments[0]:
+                self.rounds[opened.round_no] = Times(opened.scheduled_at_s, now_s)
+        elif apply is repositories.add_answers:
+            options.setdefault("then", partial(self._stored, arguments[0]))
+        return super().append(apply, *arguments, **options)
+
+    def _stored(self, answers: Sequence[Answer], new: int) -> None:
+        now_s = time.time()
+        for answer in answers:
+            if answer.status is AnswerStatus.SUCCESS:
+                self.rounds[answer.round_no].stored_s[answer.model_no] = now_s
+
+
+@dataclass(slots=True)
+class Times:
+    """Of one round, wall. `stored_s` by `model_no`."""
+
+    scheduled_at_s: int
+    opened_s: float
+    stored_s: dict[int, float] = field(default_factory=dict)
+
+    def all_s(self) -> float:
+        return max(self.stored_s.values()) - self.opened_s
+
+
+@dataclass
+class Game:
+    config: Config
+    db: Database
+    journal: TimedJournal
+    predict: PredictLoop
+    prices_s: dict[int, float]
+    """By the time of the round to come, when its prices were at hand."""
+
+    async def connected(self, models: int) -> None:
+        """Return when so many models have their history."""
+        lanes = (one.lane for one in self.predict.participants.values())
+        while sum(lane is not None and lane.ready for lane in lanes) != models:
+            await asyncio.sleep(0.02)
+            lanes = (one.lane for one in self.predict.participants.values())
+
+    async def next_rounds(self, count: int) -> list[Times]:
+        """The next rounds that are held; half a round later than the last of them opened."""
+        first = len(self.journal.rounds)
+        while len(self.journal.rounds) < first + count:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(self.config.game.settings[0].interval_s / 2)
+        await self.journal.flushed()
+        return list(self.journal.rounds.values())[first : first + count]
+
+    def numbers(self, prefix: str) -> set[int]:
+        known = self.predict.participants.items()
+        return {one.model.model_no for model_id, one in known if model_id.startswith(prefix)}
+
+
+@asynccontextmanager
+async def playing(
+    port: int, interval: str = "1s", history: str = "1h", assets: Sequence[str] = ("BTC",)
+) -> AsyncIterator[Game]:
+    """A predict loop with all that it needs, in real time."""
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        path = folder / "config.toml"
+        names = orjson.dumps(list(assets)).decode()
+        path.write_text(CONFIG.format(port=port, interval=interval, history=history, assets=names))
+        config = configuration.load(path, {})
+        configure(config.log)
+        db = await stack.enter_async_context(Database(config.storage.path))
+        clock, source = GameClock(), make_source(config)
+        journal, feed = TimedJournal(db), Feed(config, clock, db, source)
+        await feed.start()
+        prices_s: dict[int, float] = {}
+        feed.subscribe(lambda assets: prices_s.setdefault(feed.book.newest_s("BTC") or 0, time.time()))
+        predict = PredictLoop(config, clock, db, journal, feed, port, lambda closed: None)
+        async with anyio.create_task_group() as tasks:
+            for run in (journal.run, predict.fleet.run, feed.run, predict.run):
+                tasks.start_soon(run)
+            gc.collect()
+            gc.freeze()
+            yield Game(config, db, journal, predict, prices_s)
+            await predict.finish(1.0)
+            tasks.cancel_scope.cancel()
+
+
+@dataclass
+class Beats:
+    """How late the event loop was, sampled finely."""
+
+    delays_s: list[float] = field(default_factory=list)
+
+    async def run(self) -> None:
+        while True:
+            before_s = time.perf_counter()
+            await asyncio.sleep(BEAT_S)
+            self.delays_s.append(time.perf_counter() - before_s - BEAT_S)
+
+    def __str__(self) -> str:
+        return f"loop delay p99 {ms(quantile(self.delays_s, 0.99))}, max {ms(max(self.delays_s))}"
+
+
+@asynccontextmanager
+async def watched(beats: Beats | None = None) -> AsyncIterator[Beats]:
+    beats = beats or Beats()
+    task = asyncio.create_task(beats.run())
+    try:
+        yield beats
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+
+
+def ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
+
+
+def row(name: str, figure: str, note: str = "") -> None:
+    print(f"  {name:<34}{figure:>10}   {note}", flush=True)
+
+
+# -- latency -------------------------------------------------------------------------------------------------
+
+
+async def latency() -> None:
+    """From new prices at hand to the last commit, and the client library's bare calls in turn with it."""
+    models = 100
+    async with FleetProcess(models) as fleet, playing(fleet.port) as game, watched() as beats:
+        await game.connected(models)
+        bare = DynamicSubclassModelConcurrentRunner(
+            5, game.config.game.crunch_id, "127.0.0.1", fleet.port, game.config.game.base_class
+        )
+        await bare.init()
+        await game.next_rounds(2)
+        spent, reference = [], []
+        beats.delays_s.clear()
+        for _ in range(25):
+            (times,) = await game.next_rounds(1)
+            if len(times.stored_s) != models:
+                raise SystemExit(f"{len(times.stored_s)} of {models} answered")
+            at_hand_s = game.prices_s[times.scheduled_at_s]
+            spent.append(max(times.stored_s.values()) - at_hand_s)
+            reference.append(await _bare_calls(bare, models))
+        await asyncio.gather(*(one.close() for one in bare.model_cluster.models_run.values()))
+        await bare.model_cluster.ws_client.disconnect()
+        bare.model_cluster.ws_client.disconnect_sync = lambda: None
+    ours_s, theirs_s = statistics.median(spent), statistics.median(reference)
+    print(f"latency: {models} models, 60 segments: prices at hand -> tick, predict, committed; median of 25")
+    row("bare tick, bare predict", ms(theirs_s), "1.00 (reference; stores nothing)")
+    row("this game", ms(ours_s), f"{ours_s / theirs_s:.2f}   (target <= 1.2, and <= 60 ms); {beats}")
+
+
+async def _bare_calls(bare: DynamicSubclassModelConcurrentRunner, models: int) -> float:
+    points = orjson.dumps({"BTC": [[int(time.time()), 95_000.0]]})
+    started_s = time.perf_counter()
+    await bare.call("tick", ([_argument(1, VariantType.JSON, points)], []))
+    predict = [
+        _argument(1, VariantType.STRING, b"BTC"),
+        _argument(2, VariantType.INT, HORIZON_S.to_bytes(8, "little")),
+        _argument(3, VariantType.INT, STEP_S.to_bytes(8, "little")),
+    ]
+    results = await bare.call("predict", (predict, []))
+    spent_s = time.perf_counter() - started_s
+    assert len(results) == models
+    return spent_s
+
+
+def _argument(position: int, kind: Any, value: bytes) -> Argument:
+    return Argument(position=position, data=Variant(type=kind, value=value))
+
+
+# -- isolation -----------------------------------------------------------------------------------------------
+
+
+async def isolation() -> None:
+    """The 90 healthy ones' answers with and without ten others, in turns: these are paused in between."""
+    print("isolation: 90 healthy of 100; round opens -> answer committed; with the 10 / without")
+    async with FleetProcess(90) as fleet, playing(fleet.port) as game:
+        await game.connected(90)
+        healthy = game.numbers("well")
+        await game.next_rounds(4)
+        for name, behaviour in HOSTILE.items():
+            async with FleetProcess(10, {behaviour: 10}, prefix="bad-") as bad:
+                await fleet.do("say", entries=bad.entries)
+                await game.connected(100)
+                if name == "frozen":
+                    bad.freeze()
+                elif name == "dead":
+                    bad.kill()
+                beside, alone, beats = await _in_turns(game, [entry["model_id"] for entry in bad.entries])
+                stopped = [{**entry, "state": "STOPPED"} for entry in bad.entries]
+                await fleet.do("say", entries=stopped)
+                await game.connected(90)
+            _compare(name, beside, alone, healthy, beats)
+
+
+async def _in_turns(game: Game, guests: list[str]) -> tuple[list[Times], list[Times], Beats]:
+    """Rounds with and without the guests, and the loop's delay in the former."""
+    beside, alone, beats = [], [], Beats()
+    for _ in range(TURNS):
+        for guest in guests:
+            game.predict.resume(guest)
+        async with watched(beats):
+            beside += await game.next_rounds(2)
+        for guest in guests:
+            game.predict.pause(guest)
+        alone += (await game.next_rounds(3))[1:]  # calls of the round before end in the first
+    for guest in guests:
+        game.predict.resume(guest)
+    return beside, alone, beats
+
+
+def _compare(
+    name: str, rounds: Sequence[Times], reference: Sequence[Times], models: set[int], beats: Beats
+) -> None:
+    """Print one row: median and p99 of the time to an answer's commit, as ratios to other rounds'."""
+    figures = []
+    for times in (rounds, reference):
+        spent = [
+            at_s - one.opened_s for one in times for number, at_s in one.stored_s.items() if number in models
+        ]
+        figures.append((statistics.median(spent), quantile(spent, 0.99), len(spent)))
+    (median, p99, answers), (was_median, was_p99, _) = figures
+    lost = len(rounds) * len(models) - answers
+    row(
+        name,
+        f"{median / was_median:.2f}",
+        f"p99 {p99 / was_p99:.2f}   (target <= 1.2); {ms(median)}, {ms(p99)}; {lost} lost; {beats}",
+    )
+
+
+# -- scale ---------------------------------------------------------------------------------------------------
+
+
+async def scale(models: int) -> None:
+    """10, 100 and 1,000 models, each in a process of its own."""
+    if models == 10:
+        print("scale: prices at hand -> all answers committed, median of 8 rounds")
+    async with FleetProcess(models) as fleet, playing(fleet.port, interval="2s") as game:
+        await asyncio.sleep(0.5)
+        process, before = psutil.Process(), 0
+        before = process.memory_info().rss if models > 10 else 0
+        await game.connected(models)
+        await game.next_rounds(2)
+        async with watched() as beats:
+            rounds = await game.next_rounds(8)
+        rss = process.memory_info().rss
+        lost = sum(models - len(times.stored_s) for times in rounds)
+        spent = statistics.median(
+            max(times.stored_s.values()) - game.prices_s[times.scheduled_at_s] for times in rounds
+        )
+        late_s = max(times.opened_s - times.scheduled_at_s for times in rounds)
+        memory = f"{(rss - before) / models / 1000:.0f} kB a model" if before else f"{rss / 2**20:.0f} MiB"
+    note = f"{1e6 * spent / models:.0f} us a model; {beats}; opened at most {ms(late_s)} late; {lost} lost"
+    row(f"{models} models", ms(spent), f"{note}; {memory}")
+
+
+# -- newcomers -----------------------------------------------------------------------------------------------
+
+
+async def newcomers() -> None:
+    """Twenty at once, four times, with a month of four assets' history."""
+    print("newcomers: 20 at once with 30 days of 4 assets; the 100 others' answers, with / without")
+    assets = ("BTC", "ETH", "SOL", "XAU")
+    async with (
+        FleetProcess(100) as fleet,
+        FleetProcess(0) as others,
+        playing(fleet.port, "4s", "30d", assets) as game,  # a round a second
+    ):
+        await game.connected(100)
+        healthy = game.numbers("well")
+        await game.next_rounds(4)
+        beside, alone, beats = [], [], Beats()
+        for turn in range(4):
+            alone += await game.next_rounds(3)
+            joined = await others.do("join", models=20, behaviour="well", prefix=f"new{turn}-")
+            async with watched(beats):
+                await fleet.do("say", entries=joined)
+                beside += await game.next_rounds(3)
+            await game.connected(120)
+            await fleet.do("say", entries=[{**entry, "state": "STOPPED"} for entry in joined])
+            await game.connected(100)
+        _compare("20 newcomers", beside, alone, healthy, beats)
+
+
+# -- load ----------------------------------------------------------------------------------------------------
+
+
+async def load() -> None:
+    """The pool busy without end, and 64 connections that ask for the leaderboard without a pause."""
+    async with FleetProcess(100) as fleet, playing(fleet.port, "2s") as game:
+        live = Live(
+            config=game.config,
+            clock=GameClock(),
+            started_at_s=time.time(),
+            problems=list,
+            feeds=list,
+            connected=frozenset,
+        )
+        live.publish(Leaderboard(time.time(), 1, ()))
+        served = web.Server(create_app(live, game.db.reports), web.bind("127.0.0.1", 0))
+        await game.connected(100)
+        await game.next_rounds(2)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(served.run)
+            tasks.start_soon(_saturate, game.config)
+            hammer = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "benchmarks.predict", "hammer", str(served.port)),
+                stdout=asyncio.subprocess.PIPE,
+            )
+            async with watched() as beats:
+                rounds = await game.next_rounds(8)
+            hammer.terminate()
+            requests, _ = await hammer.communicate()
+            served.stop()
+            tasks.cancel_scope.cancel()
+    late_s = [times.opened_s - times.scheduled_at_s for times in rounds]
+    lost = sum(100 - len(times.stored_s) for times in rounds)
+    print("load: 100 models, the pool saturated, 64 connections on /reports/leaderboard")
+    row("rounds opened late, at most", ms(max(late_s)), f"(target <= 100 ms); {lost} answers lost; {beats}")
+    row("requests answered", requests.decode().strip(), "a second")
+
+
+async def _saturate(config: Config) -> None:
+    setting = config.game.settings[0]
+    density = {"type": "builtin", "name": "norm", "params": {"loc": 0, "scale": 1}}
+    payload = orjson.dumps([density] * setting.segments)
+    async with ScoringPool(config.scoring.workers, Rules(), 10.0) as pool:
+        while True:
+            await pool.validate([ValidationItem(payload, setting)] * 2000)
+
+
+async def hammer(port: int) -> None:
+    answered = count()
+    started_s = time.perf_counter()
+
+    async def connection() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while True:
+            writer.write(b"GET /reports/leaderboard HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            (length,) = (
+                int(line.split(b":")[1])
+                for line in head.split(b"\r\n")
+                if line.lower().startswith(b"content-l")
+            )
+            await reader.readexactly(length)
+            next(answered)
+
+    with suppress(asyncio.CancelledError):
+        await asyncio.gather(*(connection() for _ in range(64)))
+    print(round(next(answered) / (time.perf_counter() - started_s)))
+
+
+PARTS: dict[str, Callable[[], Awaitable[None]]] = {
+    "latency": latency,
+    "isolation": isolation,
+    "scale-10": partial(scale, 10),
+    "scale-100": partial(scale, 100),
+    "scale-1000": partial(scale, 1000),
+    "newcomers": newcomers,
+    "load": load,
+}
+
+if __name__ == "__main__":
+    name, *rest = sys.argv[1:]
+    if name == "hammer":
+        import signal
+
+        runner = asyncio.Runner()
+        runner.get_loop().add_signal_handler(
+            signal.SIGTERM, lambda: [task.cancel() for task in asyncio.all_tasks(runner.get_loop())]
+        )
+        runner.run(hammer(int(rest[0])))
+    else:
+        asyncio.run(PARTS[name]())
