@@ -165,10 +165,11 @@ def candidates(
     found = []
     for round_ in rounds:
         has_payloads, source, rule, target, fingerprint, rules = conn.execute(
-            "SELECT has_payloads, coalesce(carried_from, scorer_version), s.rule, s.target, s.fingerprint, "
-            "s.rules FROM round JOIN round_score USING (round_no) JOIN scorer USING (scorer_version) "
-            "JOIN scorer s ON s.scorer_version = coalesce(carried_from, round_score.scorer_version) "
-            "WHERE round_no = ? AND scorer.published ORDER BY round_score.scorer_version DESC LIMIT 1",
+            "SELECT has_payloads, s.scorer_version, s.rule, s.target, s.fingerprint, s.rules "
+            "FROM round JOIN round_score q USING (round_no) "
+            "JOIN scorer shown ON shown.scorer_version = q.scorer_version "
+            "JOIN scorer s ON s.scorer_version = coalesce(q.carried_from, q.scorer_version) "
+            "WHERE round_no = ? AND shown.published ORDER BY q.scorer_version DESC LIMIT 1",
             (round_.round_no,),
         ).fetchone()
         found.append(
