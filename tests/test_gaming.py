@@ -169,10 +169,11 @@ def test_what_is_no_number_is_rejected_wherever_a_number_belongs(value: Any) -> 
 )
 def test_numbers_that_json_does_not_have_are_rejected(token: str) -> None:
     for body in (payload(norm(loc=12345)), payload(mixture((norm(), 12345)))):
-        assert reason(body.replace(b"12345", token.encode())).startswith("not JSON")
+        told = reason(body.replace(b"12345", token.encode()))
+        assert told.startswith("not JSON") or "not allowed" in told
 
 
-@pytest.mark.parametrize("key", ["NaN", "inf", "Infinity", "1e999", "0x1", "\u0661", "1_0", " 1", ""])
+@pytest.mark.parametrize("key", ["NaN", "inf", "Infinity", "1e999", "0x1", "\u0661", "1_0", " 1", "", "0,1", "0.,1"])
 def test_points_at_no_number_are_rejected(key: str) -> None:
     assert "segment 1" in reason(payload({"type": "discrete", "points": {key: 1}}))
 

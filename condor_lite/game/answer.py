@@ -308,7 +308,9 @@ class Reader:
         """Values that are given as JSON keys."""
         if not keys:
             return []
-        if _NUMERALS.fullmatch(",".join(keys)):
+        joined = ",".join(keys)
+        # By number, too: a key with a comma in it is no two numerals.
+        if joined.count(",") == len(keys) - 1 and _NUMERALS.fullmatch(joined):
             places = list(map(float, keys))
             if all(map(math.isfinite, places)):
                 return places
