@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     init = verbs.add_parser(
         "init", help="write a new challenge: a config, a model, a README for participants"
     )
-    init.add_argument("directory", type=Path, metavar="DIR")
+    init.add_argument("directory", type=Path, metavar="DIR", help="a new folder, or one without these files")
     score = verbs.add_parser(
         "score", help="explain a round's scores, or one model's score segment by segment"
     )
@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     ):
         of_one = actions.add_parser(action, help=what, description=what[0].upper() + what[1:] + ".")
         of_one.add_argument("model_id", metavar="ID")
+    for verb in verbs.choices.values():  # understood after the verb, too
+        verb.add_argument("--config", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
 
 
@@ -177,7 +179,8 @@ def _check(arguments: argparse.Namespace) -> int:
     if problems := check(config):
         _complain("problems:", *(f"  {problem}" for problem in problems))
         return EXIT_BAD_START
-    asked = f"{len(config.game.settings)} settings on {', '.join(config.game.assets)}"
+    count = len(config.game.settings)
+    asked = f"{count} {'setting' if count == 1 else 'settings'} on {', '.join(config.game.assets)}"
     print(f"all good: {config.game.name}, {asked}")
     return 0
 

@@ -84,6 +84,7 @@ class Participant:
     lane: Lane | None = None
     consecutive_failures: int = 0
     consecutive_timeouts: int = 0
+    consecutive_invalid: int = 0
     counted_at_s: float = -math.inf
     """When (game's clock) its newest time-out was counted."""
     trusted: bool = True

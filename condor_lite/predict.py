@@ -8,7 +8,7 @@ model has a lane of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import anyio
@@ -18,7 +18,7 @@ from anyio.abc import TaskGroup
 from condor_lite.clock import Clock
 from condor_lite.config import Config
 from condor_lite.game import schedule
-from condor_lite.game.entities import Answer, AnswerStatus, Model, Round, RoundStatus, Setting
+from condor_lite.game.entities import Answer, AnswerStatus, Model, ModelInfo, Round, RoundStatus, Setting
 from condor_lite.lanes import Floor, Lane, OpenRound, Participant, Ticks
 from condor_lite.models.fleet import Fleet
 from condor_lite.models.runner import Connection, Outcome, Reply, predict_request
@@ -65,7 +65,7 @@ class PredictLoop:
         self._journal = journal
         self._feed = feed
         self._on_closed = on_closed
-        self.fleet = Fleet(config, orchestrator_port, self._serve)
+        self.fleet = Fleet(config, orchestrator_port, self._serve, self._renamed)
         self.participants: dict[str, Participant] = {}
         self.paused: dict[str, int] = {}
         """By `model_id`, since when (game's clock) the host has it paused: neither asked nor ticked."""
@@ -208,8 +208,8 @@ class PredictLoop:
         opened: list[OpenRound] = []
         unheld: list[Round] = []
         for at_s, setting in due:
-            if self._feed.finished:
-                break
+            if self._feed.finished or self._outlasts_the_prices(at_s, setting):
+                continue
             if self._deadline_s(at_s, setting) <= now_s:
                 unheld.append(self._round(at_s, setting, RoundStatus.MISSED, missed_reason))
             elif stale := self._stale(setting.asset, at_s):
@@ -247,6 +247,11 @@ class PredictLoop:
         assert self._tasks is not None
         self._tasks.start_soon(self._keep, open_round, name=open_round.round.round_id)
         return open_round
+
+    def _outlasts_the_prices(self, at_s: int, setting: Setting) -> bool:
+        """Whether a recording ends before the round could be resolved: it is not asked then."""
+        end_s = self._feed.end_s(setting.asset)
+        return end_s is not None and at_s + setting.horizon_s > end_s
 
     def _stale(self, asset: str, at_s: int) -> str | None:
         """Why no round can be held on `asset`'s prices, None where one can."""
@@ -364,6 +369,8 @@ class PredictLoop:
         if reply.outcome is not Outcome.SUCCESS:
             participant.last_error = reply.detail
         if reply.outcome in (Outcome.UNREACHABLE, Outcome.SETUP_MISSING):
+            if self._stopping:
+                return  # a service manager may have ended its process together with the game
             open_round.provisional[model_no] = reply  # it may come back before the deadline
             return
         status = _STATUS.get(reply.outcome, AnswerStatus.FAILED)
@@ -466,9 +473,7 @@ class PredictLoop:
 
     def _enter(self, connection: Connection) -> Participant:
         """The books of a model that has connected; a new deployment starts with a clean slate."""
-        info, now_s = connection.info, int(self._clock.now())
-        if info.model_id in self._config.game.benchmarks:
-            info = replace(info, benchmark=True)
+        info, now_s = self._info(connection), int(self._clock.now())
         known = self.participants.get(info.model_id)
         if known is None:
             model_no, self._next_model_no = self._next_model_no, self._next_model_no + 1
@@ -480,6 +485,39 @@ class PredictLoop:
             known.watermark = None
         self._journal.append(repositories.upsert_model, info, now_s, known.model.model_no)
         return known
+
+    def _info(self, connection: Connection) -> ModelInfo:
+        info = connection.info
+        return replace(info, benchmark=info.benchmark or info.model_id in self._config.game.benchmarks)
+
+    def _renamed(self, connection: Connection) -> None:
+        known = self.participants.get(connection.model_id)
+        if known is not None and known.lane is not None and known.lane.connection is connection:
+            known.model = replace(known.model, info=self._info(connection))
+            now_s = int(self._clock.now())
+            self._journal.append(
+                repositories.upsert_model, known.model.info, now_s, known.model.model_no, then=self._on_named
+            )
+
+    def _on_named(self, model: Model) -> None:
+        log.info("model_renamed", model_id=model.info.model_id, model=model.info.model_name)
+
+    def on_checked(self, valid: Iterable[int], invalid: Mapping[int, str]) -> None:
+        """The scorer has looked into a round's answers; by `model_no`, `invalid` with the reasons.
+
+        An invalid answer is a failure too, though known only later: at the limit the model is given up.
+        """
+        for known in list(self.participants.values()):
+            model_no = known.model.model_no
+            if model_no in invalid:
+                known.consecutive_invalid += 1
+                known.last_error = f"invalid: {invalid[model_no]}"
+                if known.consecutive_invalid >= self._config.predict.max_consecutive_failures:
+                    in_a_row = f"{known.consecutive_invalid} invalid answers in a row"
+                    reason = f"{in_a_row}, the last: {invalid[model_no]}"
+                    self._give_up(known, "MULTIPLE_FAILED", reason)
+            elif model_no in valid:
+                known.consecutive_invalid = 0
 
     def pause(self, model_id: str) -> None:
         """Start no more calls to this model, connected or not; one under way may finish."""
@@ -500,7 +538,7 @@ class PredictLoop:
     def forgive(self, model_id: str) -> None:
         """Forget the failures counted so far: the model is started anew."""
         if known := self.participants.get(model_id):
-            known.consecutive_failures = known.consecutive_timeouts = 0
+            known.consecutive_failures = known.consecutive_timeouts = known.consecutive_invalid = 0
             known.last_error = None
 
     def _set_up_again(self, participant: Participant) -> None:
@@ -510,6 +548,7 @@ class PredictLoop:
     def _give_up(self, participant: Participant, code: str, reason: str) -> None:
         participant.last_error = reason
         participant.consecutive_failures = participant.consecutive_timeouts = 0
+        participant.consecutive_invalid = 0
         if participant.lane is not None:
             self.fleet.give_up(participant.lane.connection, code, reason)
 

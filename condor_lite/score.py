@@ -17,7 +17,7 @@ from condor_lite.config import Config
 from condor_lite.game.entities import Leaderboard
 from condor_lite.game.scoring import Rules, load_rule
 from condor_lite.pool import ScoringPool
-from condor_lite.scorer import Scorer
+from condor_lite.scorer import Checked, Scorer, ignore_checked
 from condor_lite.storage import rescores, scores
 from condor_lite.storage.database import Database
 
@@ -36,18 +36,25 @@ def configured_rules(config: Config) -> Rules:
 
 
 class ScoreLoop:
-    """One game's scoring. `on_leaderboard(leaderboard)` is called on the event loop with each new one.
+    """One game's scoring. `on_leaderboard(leaderboard)` is called on the event loop with each new one, and
+    `on_checked` when a round's answers have been looked into.
 
     `finish()` may be called while `run()` runs or when it does not, but `run()` must not end during it.
     """
 
     def __init__(
-        self, config: Config, clock: Clock, db: Database, on_leaderboard: Callable[[Leaderboard], None]
+        self,
+        config: Config,
+        clock: Clock,
+        db: Database,
+        on_leaderboard: Callable[[Leaderboard], None],
+        on_checked: Checked = ignore_checked,
     ) -> None:
         self._config = config
         self._clock = clock
         self._db = db
         self._on_leaderboard = on_leaderboard
+        self._on_checked = on_checked
         self._news = asyncio.Event()
         self._turn = asyncio.Lock()
         self._scorer: Scorer | None = None
@@ -137,7 +144,9 @@ class ScoreLoop:
                 windows="count only rounds that are scored from now on",
                 do="run `condor-lite rescore` to score the stored ones again",
             )
-        return Scorer(self._config, self._clock, self._db, pool, info, version, self._on_leaderboard)
+        return Scorer(
+            self._config, self._clock, self._db, pool, info, version, self._on_leaderboard, self._on_checked
+        )
 
     def _forget(self) -> None:
         self._scorer = None

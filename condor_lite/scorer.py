@@ -9,7 +9,7 @@ import asyncio
 import math
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -65,6 +65,14 @@ class _Task:
     payloads: dict[int, bytes]
 
 
+Checked = Callable[[Set[int], Mapping[int, str]], None]
+"""Called with the `model_no`s of a round's valid answers, and the reasons of its invalid ones."""
+
+
+def ignore_checked(valid: Set[int], invalid: Mapping[int, str]) -> None:
+    """For scorers that nobody listens to."""
+
+
 class Scorer:
     """The scoring's state between two cycles. All of it can be made anew from the database."""
 
@@ -77,6 +85,7 @@ class Scorer:
         info: RuleInfo,
         version: int,
         on_leaderboard: Callable[[Leaderboard], None],
+        on_checked: Checked = ignore_checked,
         *,
         again: bool = False,
     ) -> None:
@@ -89,6 +98,7 @@ class Scorer:
         self._info = info
         self._version = version
         self._on_leaderboard = on_leaderboard
+        self._on_checked = on_checked
         self._sums: WindowSums | None = None
         self._mixture: tuple[tuple[int, ...], int] | None = None
         self._calibration = BriefSums(config.game.settings)
@@ -217,9 +227,10 @@ class Scorer:
             unit = await self._scale_unit(round_)
             items += [ValidationItem(payload, round_.setting, unit) for payload in payloads.values()]
         invalid = _by_round(group, await self._pool.validate(items))
-        for (round_, _), reasons in zip(group, invalid, strict=True):
+        for (round_, payloads), reasons in zip(group, invalid, strict=True):
             with self._blaming(round_):
                 await self._db.write(repositories.save_validation, _no(round_), reasons)
+                self._on_checked(payloads.keys() - reasons.keys(), reasons)
                 if reasons:
                     done["invalid"] += len(reasons)
                     log.debug("answers_invalid", round_id=round_.round_id, models=list(reasons))

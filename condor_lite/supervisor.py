@@ -6,7 +6,7 @@ import asyncio
 import gc
 import socket as socket_module
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Set
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -18,6 +18,7 @@ from condor_lite import __version__, stopping
 from condor_lite.clock import Clock, GameClock
 from condor_lite.config import Config
 from condor_lite.control import Control
+from condor_lite.errors import CondorError
 from condor_lite.game.entities import Round
 from condor_lite.models.orchestrator import Orchestrator
 from condor_lite.predict import PredictLoop
@@ -79,7 +80,12 @@ class Service:
                             pause_s = _RESTART_FIRST_S
                         self.failure = f"{type(error).__name__}: {error}"
                         self.restarts += 1
-                        log.exception("service_failed", service=self.name, restart_in_s=pause_s)
+                        if isinstance(error, CondorError):  # its message says all
+                            log.error(
+                                "service_failed", service=self.name, error=str(error), restart_in_s=pause_s
+                            )
+                        else:
+                            log.exception("service_failed", service=self.name, restart_in_s=pause_s)
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _RESTART_MOST_S)
                     self.failure, starting = None, None
@@ -125,13 +131,17 @@ class Game:
             feeds=self.feed.states,
             connected=self._connected,
         )
-        self.score = ScoreLoop(config, clock, db, self.live.publish)
+        self.score = ScoreLoop(config, clock, db, self.live.publish, self._on_checked)
         self.predict = PredictLoop(
             config, clock, db, self.journal, self.feed, orchestrator_port, self._on_closed
         )
         self.feed.subscribe(lambda assets: self.score.wake())
         self.services: list[Service] = []
         self.web: server.Server
+        self.orchestrator: Orchestrator | None = None
+
+    def _on_checked(self, valid: Set[int], invalid: Mapping[int, str]) -> None:
+        self.predict.on_checked(valid, invalid)
 
     def _on_closed(self, closed: Round) -> None:
         self.score.wake()
@@ -240,6 +250,7 @@ async def _start(
         await tasks.start(models[0].serve)
         port = orchestrator.port
     game = Game(config, clock, db, source, port)
+    game.orchestrator = orchestrator
     await game.feed.start()
     roster = Roster(config.game.name, clock, db, game.journal, game.predict, orchestrator)
     await roster.start()
@@ -267,6 +278,8 @@ async def _start(
 
 async def _stop(game: Game) -> None:
     grace_s = game.config.game.shutdown_grace_s
+    if game.orchestrator is not None:
+        game.orchestrator.retire()
     with anyio.move_on_after(grace_s + _STORE_WAIT_S):
         await game.predict.finish(grace_s)
     game.journal.append(repositories.save_clock, game.clock.now())

@@ -504,7 +504,7 @@ async def test_a_wrong_file_is_an_error_at_the_start_that_names_it(
     config = load(tmp_path, SECURE)
     spoil(folder)
     with pytest.raises(ConfigError) as refused:
-        Fleet(config, 1, serve_nobody)
+        Fleet(config, 1, serve_nobody, lambda connection: None)
     assert len(refused.value.problems) == 1
     assert refused.value.problems[0].startswith(f"orchestrator.credentials: {folder / name} {wrong}")
     assert check.obstacles(config) == refused.value.problems

@@ -8,6 +8,7 @@ participant.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter, eq
@@ -45,6 +46,9 @@ def decode(
     return Reader(setting, limits, rule, scale_unit).read(_parse(payload))
 
 
+_NO_NUMBER = re.compile(rb"-?(NaN|Infinity)")
+
+
 def _parse(payload: bytes) -> Any:
     try:
         return msgspec.json.decode(payload)
@@ -53,7 +57,22 @@ def _parse(payload: bytes) -> Any:
     except RecursionError:
         raise InvalidAnswer("not accepted: the JSON is nested too deeply") from None
     except msgspec.DecodeError as error:
+        if found := _NO_NUMBER.search(payload):
+            word, at = found[0].decode(), found.start()
+            raise InvalidAnswer(f"{word} is not allowed (byte {at}: {_segment_at(payload, at)})") from None
         raise InvalidAnswer(f"not JSON: {error}") from None
+
+
+def _segment_at(payload: bytes, at: int) -> str:
+    """Where a position is, for a payload that can't be parsed."""
+    depth = segment = 0
+    for char in payload[:at]:
+        if char in b"[{":
+            depth += 1
+            segment += depth == 2
+        elif char in b"]}":
+            depth -= 1
+    return f"segment {segment}" if segment else "before the first segment"
 
 
 # --- the fast way: normal distributions and their mixtures ----------

@@ -97,12 +97,19 @@ class _Berth:
 class Fleet:
     """Connects to the orchestrator and keeps `running` true to what it announces.
 
-    `serve(connection)` runs for as long as a model is connected, and is cancelled when it no longer is. A
+    `serve(connection)` runs for as long as a model is connected, and is cancelled when it no longer is;
+    `renamed(connection)` is called when the orchestrator says something new of who it is. A
     new deployment connects while the old one goes on, and takes over once it is ready. Raises ConfigError
     where the credentials can't be used.
     """
 
-    def __init__(self, config: Config, port: int, serve: Callable[[Connection], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        port: int,
+        serve: Callable[[Connection], Awaitable[None]],
+        renamed: Callable[[Connection], None],
+    ) -> None:
         for noisy in ("model_runner_client", "websockets"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         largest = max(setting.segments for setting in config.game.settings)
@@ -110,6 +117,7 @@ class Fleet:
         self._base_class = config.game.base_class
         self._credentials = security.load_credentials(config.orchestrator)
         self._serve = serve
+        self._renamed = renamed
         self._socket = _WebSocket(config.orchestrator.host, port, config.game.crunch_id)
         self._url = f"ws://{config.orchestrator.host}:{port}/{config.game.crunch_id}"
         self._berths: dict[str, dict[str, _Berth]] = {}
@@ -201,8 +209,10 @@ class Fleet:
                 berth.scope.cancel()
         elif berth is not None and not berth.scope.cancel_called and berth.address == _address(entry):
             berth.entry = entry
-            if berth.connection is not None:
-                berth.connection.infos = entry.get("infos")
+            if berth.connection is not None and berth.connection.infos != _infos(entry):
+                berth.connection.infos = _infos(entry)
+                if self.running.get(model_id) is berth.connection:
+                    self._renamed(berth.connection)
         elif not self._held_off(model_id, deployment_id):
             if berth is not None:
                 berth.scope.cancel()
@@ -269,16 +279,16 @@ class Fleet:
         return connection.answers > 0
 
     def _connection(self, berth: _Berth) -> Connection:
-        infos = berth.entry.get("infos")
+        infos = _infos(berth.entry)
         return Connection(
             self._base_class,
             max_reply_bytes=self._max_reply_bytes,
             deployment_id=berth.deployment_id,
             model_id=berth.model_id,
-            model_name=infos.get("model_name") if isinstance(infos, dict) else None,
+            model_name=infos.get("model_name"),
             ip=berth.entry["ip"],
             port=berth.entry["port"],
-            infos=infos if isinstance(infos, dict) else {},
+            infos=infos,
             **self._credentials,
         )
 
@@ -331,6 +341,11 @@ class Fleet:
         self.refused.pop(model_id, None)
         if self._socket.connected and self._tasks is not None:
             self._tasks.start_soon(self._socket.websocket.close, name="orchestrator-refresh")
+
+
+def _infos(entry: dict[str, Any]) -> dict[str, Any]:
+    infos = entry.get("infos")
+    return infos if isinstance(infos, dict) else {}
 
 
 def _address(entry: dict[str, Any]) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import time
@@ -15,7 +16,7 @@ import anyio
 import structlog
 
 from condor_lite.models.folder import ModelFolder
-from condor_lite.models.process import LaunchError, LaunchSettings, ModelProcess, launch
+from condor_lite.models.process import LaunchError, LaunchSettings, ModelProcess, launch, note
 
 log = structlog.get_logger(__name__)
 
@@ -95,6 +96,7 @@ class LocalModel:
         self._state = LocalState.STARTING
         self._since = time.time()
         self._reason: str | None = None
+        self._retired = False
 
     @property
     def state(self) -> LocalModelState:
@@ -132,6 +134,10 @@ class LocalModel:
         if self._process and self._report is None:
             self._report = reason
             self._wake.set()
+
+    def retire(self) -> None:
+        """The game ends: a process that ends now, however it does, is neither missed nor replaced."""
+        self._retired = True
 
     def restart(self) -> None:
         """Start a new process now, given up or not; one that runs ends when the new one is up."""
@@ -181,7 +187,7 @@ class LocalModel:
 
     async def _watch(self, process: ModelProcess) -> None:
         how = await process.wait()
-        if process is self._process:  # otherwise its end was wanted
+        if process is self._process and not self._retired:  # otherwise its end was wanted
             self._process = None
             self._died = (process, how)
             self._set(LocalState.RESTARTING, how)
@@ -244,7 +250,9 @@ class LocalModel:
             self._set(LocalState.RUNNING, f"its new code does not run: {reason}")
         else:
             self._set(state, reason)
-        log.warning("model_not_running", model_id=model_id, state=state.value, reason=reason, **fields)
+        shown = self._state.value
+        log.warning("model_not_running", model_id=model_id, state=shown, reason=self._reason, **fields)
+        asyncio.get_running_loop().run_in_executor(None, note, self._settings, self.source, reason)
 
     @property
     def _version(self) -> tuple[str, str | None]:

@@ -91,6 +91,11 @@ class Orchestrator:
         """Every model folder's state, sorted by model id."""
         return [self._models[model_id][0].state for model_id in sorted(self._models)]
 
+    def retire(self) -> None:
+        """The game ends: whatever process ends from now on is not replaced."""
+        for model, _ in self._models.values():
+            model.retire()
+
     def restart(self, model_id: str) -> bool:
         """Have a model's process started anew, given up or not; False where there is no such folder."""
         if model_id not in self._models:

@@ -122,7 +122,7 @@ class ModelProcess:
         """Return when the process has ended; says how it ended."""
         code = await self._process.wait()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        last_line = await anyio.to_thread.run_sync(_last_log_line, log_path(self._settings, self.source))
+        last_line = await anyio.to_thread.run_sync(_last_words, log_path(self._settings, self.source))
         return f"{how} ({last_line})" if last_line else how
 
     async def stop(self) -> None:
@@ -231,6 +231,12 @@ def log_path(settings: LaunchSettings, source: ModelFolder) -> Path:
     return settings.log_dir / f"{source.model_id}.log"
 
 
+def note(settings: LaunchSettings, source: ModelFolder, reason: str) -> None:
+    """Tell the participant in the model's log what the game has to say of it."""
+    with contextlib.suppress(OSError), log_path(settings, source).open("a", encoding="utf-8") as file:
+        file.write(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} not running: {reason}\n")
+
+
 def _environment() -> dict[str, str]:
     """What a model may see of the environment: no secrets of the host's, and one thread for numerics."""
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
@@ -248,7 +254,8 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _last_log_line(path: Path) -> str:
+def _last_words(path: Path) -> str:
+    """The last line that the model itself wrote, such as the end of a traceback."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 2000))
@@ -256,4 +263,4 @@ def _last_log_line(path: Path) -> str:
     except OSError:
         return ""
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return "" if last.startswith("---") else last[:300]
+    return "" if last.startswith("---") or " INFO condor_lite.host: " in last else last[:300]

@@ -8,6 +8,7 @@ a model go straight to its gRPC stub, because the library's own `call` skips, co
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -225,7 +226,8 @@ class Connection(DynamicSubclassModelRunner):
         if code == "BAD_IMPLEMENTATION":
             return reply(Outcome.BAD_IMPLEMENTATION, f"bad implementation: {detail}")
         if code == "MODEL_FAILED":
-            return reply(Outcome.MODEL_FAILED, f"the model raised: {detail}")
+            raised = detail.removeprefix("The model raised an exception: ")
+            return reply(Outcome.MODEL_FAILED, f"the model raised: {raised}")
         return reply(Outcome.PROTOCOL, f"the model's server answered {first_line(code)[:40]}: {detail}")
 
 
@@ -242,7 +244,9 @@ def _refusal(error: AioRpcError, timeout_s: float) -> tuple[Outcome, str]:
         return Outcome.TIMEOUT, f"no answer within {timeout_s:.1f} s"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         if "larger than max" in details or "decompress" in details.lower():
-            return Outcome.TOO_LARGE, f"the answer is too large: {details}"
+            sizes = re.findall(r"\d{3,}", details)
+            size = f": {sizes[0]} bytes" if sizes else ""
+            return Outcome.TOO_LARGE, f"the answer is too large{size} (predict.max_segment_bytes)"
         return Outcome.BUSY, "busy with an earlier call"
     if code is grpc.StatusCode.UNAVAILABLE:
         return Outcome.UNREACHABLE, f"cannot connect: {details}"

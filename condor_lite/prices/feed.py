@@ -135,6 +135,11 @@ class Feed:
         """Have `callback(assets)` called right after new points of `assets` can be read from the book."""
         self._callbacks.append(callback)
 
+    def end_s(self, asset: str) -> int | None:
+        """The time of the last price there will ever be, None for a source without end."""
+        end_s = self._source.end_s(asset)
+        return None if end_s is None else end_s // self._tick_s * self._tick_s
+
     @property
     def finished(self) -> bool:
         """Whether every point that there will ever be is in the book: a replay is over."""
@@ -225,8 +230,8 @@ class Feed:
         return math.floor(at_s / self._tick_s) * self._tick_s
 
     def _is_over(self, asset: str) -> bool:
-        end_s, newest_s = self._source.end_s(asset), self.book.newest_s(asset)
-        return end_s is not None and newest_s is not None and newest_s >= end_s // self._tick_s * self._tick_s
+        end_s, newest_s = self.end_s(asset), self.book.newest_s(asset)
+        return end_s is not None and newest_s is not None and newest_s >= end_s
 
     async def _catch_up(self, line: _Line, with_head: bool = False) -> bool:
         """Fetch all that `line`'s asset lacks; whether there are new points. Says when to ask again."""
