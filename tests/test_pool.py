@@ -254,3 +254,10 @@ async def test_workers_import_no_loop_no_database_and_no_server(
     assert "condor_lite.game.scoring" in modules
     heavy = {"asyncio", "anyio", "sqlite3", "structlog", "grpc", "starlette", "scipy.stats", "scoringrules"}
     assert modules & heavy == set()
+
+
+def test_what_is_evaluated_together_may_take_longer_than_one_answer_but_not_for_ever() -> None:
+    limits = [worker.batch_limit_s(2.0, answers) for answers in (1, 8, 40, 512)]
+    assert limits == sorted(limits)
+    assert limits[1] == 4.0
+    assert limits[2:] == [10.0, 10.0]
