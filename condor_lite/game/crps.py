@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
-from condor_lite.game import quadrature
+from condor_lite.game import pairs, quadrature
 from condor_lite.game.families import FAMILIES, NORM, POINT, SQRT_2, SQRT_2_PI, SQRT_PI, Floats
 from condor_lite.game.mixture import Densities, Ints
 from condor_lite.game.spread import SPREADS
@@ -62,6 +62,9 @@ def _crps_and_spread(densities: Densities, x: Floats) -> tuple[Floats, Floats]:
             value[members], spread[members] = of_matrix(densities, leaf, x[members])
         by_quadrature[several] = False
     rest = np.flatnonzero(by_quadrature)
+    if len(rest):
+        value[rest], spread[rest], done = pairs.crps_and_spread(densities.take(rest), x[rest])
+        rest = rest[~done]
     if len(rest):
         value[rest], spread[rest] = quadrature.crps_and_spread(densities.take(rest), x[rest])
     return value, spread
