@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections import Counter
 from contextlib import closing
@@ -12,6 +13,7 @@ import orjson
 import pytest
 from scipy import integrate, stats
 
+import condor_lite
 from condor_lite import config as configuration
 from condor_lite.clock import SteppedClock
 from condor_lite.game import schedule
@@ -25,6 +27,9 @@ from tests.stage import until
 pytestmark = pytest.mark.anyio
 
 HOUR_S = 3600
+BUNDLED = [
+    path.parent for path in (Path(condor_lite.__file__).parent / "models" / "examples").glob("*/main.py")
+]
 NIGHT_OF_THE_PEG_S = 1_678_489_200  # 2023-03-10 23:00 UTC: USDC leaves its peg in the hours that follow
 
 SETTINGS = """
@@ -45,11 +50,13 @@ workers = 1
 """
 
 
-async def play(config: configuration.Config, start_s: int, hours: int) -> Leaderboard:
+async def play(
+    config: configuration.Config, start_s: int, hours: int, models: int = len(BUNDLED)
+) -> Leaderboard:
     """Play rounds for so many hours, and one more in which the last are resolved; the final leaderboard."""
     clock = SteppedClock(start_s - 30)
     async with playing(config, clock) as game:
-        await until(lambda: ready(game) == 6)
+        await until(lambda: ready(game) == models)
         await clock.run_until(start_s + (hours + 1) * HOUR_S + 180)
         await game.journal.flushed()
         await game.score.finish()
@@ -74,7 +81,7 @@ def check_books(path: Path, config: configuration.Config, start_s: int, hours: i
             ).fetchall()
             assert [row[0] for row in rows] == due
             assert Counter(row[1] for row in rows) == {"scored": len(due)}
-            assert {row[2] for row in rows} == {6}
+            assert {row[2] for row in rows} == {len(BUNDLED)}
         unscored = db.execute(
             "SELECT count(*) FROM prediction JOIN round USING (round_no)"
             " LEFT JOIN score USING (round_no, model_no)"
@@ -146,3 +153,22 @@ async def test_three_hours_on_synthetic_prices(tmp_path: Path) -> None:
     check_books(config.storage.path, config, start_s, 3)
     check_by_hand(config.storage.path)
     assert leaderboard.standings[0].model.info.model_id != "constant_normal"
+
+
+@pytest.mark.timeout(280)
+async def test_a_crunch_synth_tracker_plays_and_is_scored_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("crunch_synth")
+    tracker = Path(__file__).parent / "models" / "crunch_synth_gaussian"
+    shutil.copytree(tracker, tmp_path / "models" / "gaussian")
+    text = SETTINGS.format(assets='"BTC"').replace("[scoring]", '[scoring]\ntarget = "price_change"')
+    base = '[game]\nbase_class = "crunch_synth.tracker.TrackerBase"\n[feed]\nhistory = "7d"\n'
+    (tmp_path / "config.toml").write_text(base + text)
+    config = configuration.load(tmp_path / "config.toml", {})
+    leaderboard = await play(config, 1_800_000_000, 2, models=1)
+    (standing,) = leaderboard.standings
+    assert standing.rank == 1
+    assert standing.answered == standing.rounds > 0
+    with closing(open_read_only(config.storage.path)) as db:
+        raw, level = db.execute("SELECT avg(raw), (SELECT avg(price) FROM price) FROM score").fetchone()
+        assert level > 10_000
+    assert 0.5 < raw < 20, "basis points of the price, whatever its level"

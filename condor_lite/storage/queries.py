@@ -37,9 +37,17 @@ _ANSWER = """
     CASE WHEN s.raw IS NULL THEN coalesce(s.detail, p.detail) END AS detail,
     coalesce(q.carried_from, q.scorer_version) AS scorer_version
 """
-_ROUND = """
+# A round's counts are stored when it is closed; of an open one, the answers that are there are counted.
+_COUNT = """
+    CASE WHEN r.status = 'open' THEN (
+        SELECT count(*) FROM prediction WHERE round_no = r.round_no AND status = '{}'
+    ) ELSE r.{} END AS {}
+"""
+_ROUND = f"""
     r.round_no, r.asset, r.horizon_s, r.step_s, r.scheduled_at_s, r.resolvable_at_s, r.performed_at_ms,
-    r.status, r.reason, r.answered, r.failed, r.timed_out, r.absent
+    r.status, r.reason, {_COUNT.format("SUCCESS", "answered", "answered")},
+    {_COUNT.format("FAILED", "failed", "failed")}, {_COUNT.format("TIMEOUT", "timed_out", "timed_out")},
+    r.absent
 """
 
 
