@@ -34,6 +34,8 @@ class Console:
         self._width = 0
 
     def show(self, progress: Progress) -> None:
+        if not progress.rounds:
+            return  # they are still being counted
         if self._out.isatty():
             text = line(progress)
             self._out.write("\r" + text.ljust(self._width))
@@ -45,6 +47,8 @@ class Console:
             self._out.flush()
 
     def end(self, progress: Progress) -> None:
+        self._next_s = 0.0
+        self.show(progress)
         if self._width:
             self._out.write("\n")
         for text in ending(progress):

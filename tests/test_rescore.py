@@ -46,8 +46,9 @@ async def scored(folder: Path, text: str = CONFIG, rounds: int = ROUNDS) -> Asyn
     async with playing(folder, text) as game:
         for at_s in range(START_S, START_S + 20 * rounds, 20):
             await game.round(at_s, wide=POINTS)
-        await game.prices(START_S, END_S + 60)
-        game.clock = SteppedClock(END_S + 60)
+        end_s = max(END_S, START_S + 20 * rounds + 60)
+        await game.prices(START_S, end_s + 60)
+        game.clock = SteppedClock(end_s + 60)
         game.loop = game.another_loop()
         await game.loop.finish()
         yield game
@@ -449,6 +450,33 @@ def verb(folder: Path, *arguments: str) -> tuple[int, str]:
         timeout=60,
     )
     return run.returncode, run.stdout
+
+
+async def test_killed_it_leaves_whole_rounds_and_is_resumed(tmp_path: Path) -> None:
+    async with scored(tmp_path, rounds=400) as game:
+        path = game.config.storage.path
+        expected = await game.rows(EVERYTHING, 1)
+    command = [sys.executable, "-m", "condor_lite", "rescore"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as run:  # noqa: ASYNC220
+        with closing(sqlite3.connect(path)) as db:
+            part = 0
+            while not part:
+                assert run.poll() is None
+                (part,) = db.execute("SELECT count(*) FROM round_score WHERE scorer_version = 2").fetchone()
+        run.kill()
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT published FROM scorer ORDER BY 1").fetchall() == [(0,), (1,)]
+        ragged = (
+            "SELECT 1 FROM round_score LEFT JOIN score USING (round_no, scorer_version) "
+            "GROUP BY round_no, scorer_version HAVING count(model_no) <> 4"
+        )
+        assert not db.execute(ragged).fetchall()
+    code, said = verb(tmp_path, "rescore", "--resume")
+    assert code == 0, said
+    assert "done: scorer version 2 (crps) counts from now on; 400 rounds were scored again" in said
+    with closing(sqlite3.connect(path)) as db:
+        rows = db.execute(EVERYTHING, (2,)).fetchall()
+    assert [(row[0], *row[2:]) for row in rows] == [(row[0], *row[2:]) for row in expected]
 
 
 def test_the_program_rescores_while_it_runs_and_without_a_game(tmp_path: Path) -> None:
