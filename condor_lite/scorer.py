@@ -9,8 +9,8 @@ import asyncio
 import math
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,7 +37,7 @@ log = structlog.get_logger()
 _Answers = tuple[Round, dict[int, bytes]]  # a round and its payloads by `model_no`
 
 _PAGE = 256  # rounds looked at together
-_GROUP_BYTES = 16 * 2**20  # payloads held at a time
+_GROUP_BYTES = 8 * 2**20  # payloads worked on at a time; as many are read meanwhile
 _ANSWER_BYTES = 4096  # what an answer counts as besides its payload: small ones are work, too
 _TRIES = 5
 _RETRY_FIRST_S = 10.0  # on the wall; doubled with each try
@@ -138,10 +138,10 @@ class Scorer:
         done: Counter[str] = Counter()
         answers = 0
         self._models = await self._db.read(repositories.load_models)
-        while rounds:
-            group, rounds = await self._with_payloads(rounds)
-            answers += sum(len(payloads) for _, payloads in group)
-            await self._score(group, done)
+        async with aclosing(self._groups(rounds)) as groups:
+            async for group in groups:
+                answers += sum(len(payloads) for _, payloads in group)
+                await self._score(group, done)
         for round_no, trouble in self._troubles.items():
             await self._db.write(rescores.leave_out, round_no, self._version, trouble.reason)
         self._troubles.clear()
@@ -217,9 +217,9 @@ class Scorer:
             rounds: Sequence[Round] = await self._worth_a_try(found, done)
             if not rounds:
                 return
-            while rounds:
-                group, rounds = await self._with_payloads(rounds)
-                await self._check(group, done)
+            async with aclosing(self._groups(rounds)) as groups:
+                async for group in groups:
+                    await self._check(group, done)
 
     async def _check(self, group: Sequence[_Answers], done: Counter[str]) -> None:
         items = []
@@ -278,9 +278,9 @@ class Scorer:
                     ready = [*ready, round_]
                 else:
                     await self._void(round_, decision, done)
-            while ready:
-                group, ready = await self._with_payloads(ready)
-                await self._score(group, done)
+            async with aclosing(self._groups(ready)) as groups:
+                async for group in groups:
+                    await self._score(group, done)
             pause_s = scoring.interval_s * self._clock.speed
             if len(found) == limit and now_s - self._published_s >= pause_s:
                 await self._publish(changed=True)  # a long backlog shows as it shrinks
@@ -391,6 +391,20 @@ class Scorer:
             self._config.feed.tick_s,
             self._config.scoring.target,
         )
+
+    async def _groups(self, rounds: Sequence[Round]) -> AsyncGenerator[list[_Answers], None]:
+        """The rounds with their payloads, in groups; the next one is read while a group is worked on."""
+        coming: asyncio.Task[tuple[list[_Answers], Sequence[Round]]] | None = None
+        try:
+            while rounds:
+                coming = coming or asyncio.create_task(self._with_payloads(rounds))
+                group, rounds = await coming
+                coming = asyncio.create_task(self._with_payloads(rounds)) if rounds else None
+                yield group
+        finally:
+            if coming is not None:
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
 
     async def _with_payloads(self, rounds: Sequence[Round]) -> tuple[list[_Answers], Sequence[Round]]:
         """The first rounds with their payloads, as many as may be held at a time, and the other rounds."""
