@@ -190,8 +190,8 @@ class Scorer:
         )
         self._calibration = BriefSums(self._config.game.settings)
         since_s = window_start_s(Window.ANCHOR, now_s)
-        while since_s <= now_s:  # by the day: a week of a large game is millions of rows
-            until_s = since_s + 24 * HOUR_S
+        while since_s <= now_s:  # by the hour: a week of a large game is millions of rows
+            until_s = since_s + HOUR_S
             rows = await self._db.read(scores.load_window_rows, self._version, since_s, until_s)
             columns = {name: rows[name] for name in WindowRows.__slots__}
             await asyncio.to_thread(sums.load, WindowRows(**columns))
