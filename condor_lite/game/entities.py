@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -208,7 +209,7 @@ class Standing:
     rank: int | None
     ranks: dict[Window, int | None]
     overall: WindowScores
-    by_setting: dict[str, WindowScores]
+    by_setting: Mapping[str, WindowScores]
     rounds: int
     answered: int
     skill: WindowScores

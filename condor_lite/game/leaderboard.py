@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,16 +160,41 @@ def _by_model(values: NDArray[np.float64], columns: Mapping[int, int]) -> dict[i
     return {model_no: _window_scores(rows[column]) for model_no, column in columns.items()}
 
 
-def _by_setting(table: WindowTable) -> dict[int, dict[str, WindowScores]]:
-    """By `model_no`, the scores by setting, without settings that hold no scored round of the model."""
-    rows = table.by_setting.transpose(2, 1, 0).tolist()
+class _BySetting(Mapping[str, WindowScores]):
+    """A model's scores by setting, without settings that hold no scored round of it.
+
+    Made when they are asked for: of a thousand models and a few settings, almost none are, and that many
+    objects would cost as much as all the rest.
+    """
+
+    __slots__ = ("_keys", "_rows")
+
+    def __init__(self, keys: tuple[str, ...], rows: NDArray[np.float64]) -> None:
+        """`rows`: [setting, window]."""
+        self._keys = keys
+        self._rows = rows
+
+    def __getitem__(self, key: str) -> WindowScores:
+        if key not in self._keys:
+            raise KeyError(key)
+        values = self._rows[self._keys.index(key)].tolist()
+        if math.isnan(values[-1]):
+            raise KeyError(key)
+        return _window_scores(values)
+
+    def __iter__(self) -> Iterator[str]:
+        anchors = self._rows[:, -1].tolist()
+        return (key for key, anchor in zip(self._keys, anchors, strict=True) if not math.isnan(anchor))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _by_setting(table: WindowTable) -> dict[int, Mapping[str, WindowScores]]:
+    """By `model_no`."""
+    rows = np.ascontiguousarray(table.by_setting.transpose(2, 1, 0))
     return {
-        model_no: {
-            key: _window_scores(values)
-            for key, values in zip(table.setting_keys, rows[column], strict=True)
-            if not math.isnan(values[-1])
-        }
-        for model_no, column in table.columns.items()
+        model_no: _BySetting(table.setting_keys, rows[column]) for model_no, column in table.columns.items()
     }
 
 
