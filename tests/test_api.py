@@ -488,6 +488,13 @@ async def test_a_models_metrics(game: Game) -> None:
     assert body["deployments"] == [
         {"deployment_id": "2_a", "first_seen_at": moment(START_S - 60), "code_changed": True}
     ]
+    assert set(body["standard_error"]) == set(body["overall_scores"])
+    assert body["calibration"]["segment_times"] < body["calibration"]["segment_times_needed"] == 400
+    assert body["calibration"]["coverage_90"] is None
+    assert set(body["calibration_by_setting"]) <= set(body["by_setting"])
+    row = (await game.get("/reports/leaderboard"))[0]
+    assert {"standard_error_anchor", "p_better_than_next", "coverage_90", "bias"} <= set(row)
+    assert row["coverage_90"] is None
     assert alpha["skill"]["anchor_7d"] is not None
     assert (body["status"], alpha["status"]) == ("STOPPED", "RUNNING")
     assert "/reports/models" in await game.error("/model/nobody/metrics", 404)
