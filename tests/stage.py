@@ -6,7 +6,7 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,13 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(folder: Path, text: str = CONFIG, start_s: float = START_S + 1) -> AsyncIterator[Stage]:
-    """A running predict loop without models; they `join`."""
+async def staged(
+    folder: Path, text: str = CONFIG, start_s: float = START_S + 1, timeout_s: float | None = None
+) -> AsyncIterator[Stage]:
+    """A running predict loop without models; they `join`. `timeout_s` may be shorter than a config allows."""
     config = load(folder, text)
+    if timeout_s is not None:
+        config = replace(config, predict=replace(config.predict, timeout_s=timeout_s))
     orchestrator = Orchestrator()
     await orchestrator.start()
     clock = SteppedClock(start_s)

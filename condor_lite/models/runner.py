@@ -228,6 +228,8 @@ class Connection(DynamicSubclassModelRunner):
         if code == "MODEL_FAILED":
             raised = detail.removeprefix("The model raised an exception: ")
             return reply(Outcome.MODEL_FAILED, f"the model raised: {raised}")
+        if not code:
+            return reply(Outcome.PROTOCOL, "the model's server answered without a status code")
         return reply(Outcome.PROTOCOL, f"the model's server answered {first_line(code)[:40]}: {detail}")
 
 

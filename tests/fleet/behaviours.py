@@ -230,7 +230,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "wrong_segments": _on_predict(lambda request: _changed(request, lambda d: d.reverse())),
     "four_mib": _on_predict(lambda request: success(_padded(request, 4 * MIB))),
     "five_mib": _on_predict(lambda request: success(_padded(request, 5 * MIB))),
-    "bomb": _on_predict(lambda request: success(b"[" + b"0" * (48 * MIB) + b"]")),
+    "bomb": _on_predict(lambda request: success(b"[" + b"0" * (16 * MIB) + b"]")),
 }
 """By name. A `bomb` is one only from a server that compresses."""
 

@@ -124,6 +124,9 @@ class ModelServer:
     stuck: bool = False
     setups: int = 0
     calls: int = 0
+    """Since the last Setup."""
+    stuck: bool = False
+    """Whether it is busy until the next Setup."""
     ticks: list[dict[str, list[list[float]]]] = field(default_factory=list)
     predicts: list[tuple[str, int, int]] = field(default_factory=list)
     restarting: asyncio.Task[None] | None = None
@@ -167,6 +170,7 @@ class ModelServer:
 
     async def Setup(self, request: SetupRequest, context: Any) -> SetupResponse:  # noqa: N802
         self.setups += 1
+        self.calls, self.stuck = 0, False
         return await self.setup(self, request)
 
     async def Call(self, request: CallRequest, context: Any) -> Wire:  # noqa: N802
