@@ -173,7 +173,9 @@ def test_numbers_that_json_does_not_have_are_rejected(token: str) -> None:
         assert told.startswith("not JSON") or "not allowed" in told
 
 
-@pytest.mark.parametrize("key", ["NaN", "inf", "Infinity", "1e999", "0x1", "\u0661", "1_0", " 1", "", "0,1", "0.,1"])
+@pytest.mark.parametrize(
+    "key", ["NaN", "inf", "Infinity", "1e999", "0x1", "\u0661", "1_0", " 1", "", "0,1", "0.,1"]
+)
 def test_points_at_no_number_are_rejected(key: str) -> None:
     assert "segment 1" in reason(payload({"type": "discrete", "points": {key: 1}}))
 

@@ -125,7 +125,6 @@ class ModelServer:
     setups: int = 0
     calls: int = 0
     """Since the last Setup."""
-    stuck: bool = False
     """Whether it is busy until the next Setup."""
     ticks: list[dict[str, list[list[float]]]] = field(default_factory=list)
     predicts: list[tuple[str, int, int]] = field(default_factory=list)
