@@ -27,8 +27,8 @@ from tests.stage import Stage, staged, until
 
 pytestmark = [
     pytest.mark.anyio,
-    # By hand for now. It holds that nobody loses an answer; it fails on two reasons: a reply that is no protobuf
-    # at all is recorded as a time-out ("not_protobuf", "broken_utf8_status"), not as what it is.
+    # By hand for now. Nobody loses an answer, but two reasons are wrong: a reply that is no protobuf at all
+    # ("not_protobuf", "broken_utf8_status") is recorded as a time-out, not as what it is.
     pytest.mark.skipif(
         not os.environ.get("CONDOR_LITE_HOSTILE"),
         reason="takes minutes and is not yet right in two reasons: set CONDOR_LITE_HOSTILE to run it",
