@@ -23,8 +23,9 @@ from condor_lite.errors import CondorError
 from condor_lite.game.entities import Round
 from condor_lite.models.orchestrator import Orchestrator
 from condor_lite.predict import PredictLoop
-from condor_lite.prices.feed import Feed, Source, make_source
+from condor_lite.prices.feed import Feed, make_source
 from condor_lite.prices.replay import ReplaySource
+from condor_lite.prices.source import Source
 from condor_lite.report import server
 from condor_lite.report.api import create_app
 from condor_lite.report.live import Live

@@ -28,8 +28,9 @@ from condor_lite.config import (
 from condor_lite.errors import ConfigError, StartError, StorageUnavailable
 from condor_lite.game.entities import Setting
 from condor_lite.prices import feed as feed_module
-from condor_lite.prices.feed import Feed, Source, make_source
+from condor_lite.prices.feed import Feed, make_source
 from condor_lite.prices.replay import ReplaySource
+from condor_lite.prices.source import Source
 from condor_lite.prices.synthetic import SyntheticSource
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
@@ -68,6 +69,8 @@ class LiveSource:
     name: str = "exchange"
     latency_s: float = 1.0
     page_points: int = 300
+    reach_s: int | None = None
+    skew_s: float | None = None
     quiet: set[int] = field(default_factory=set)
     fault: Callable[[str, int], object] | None = None
     asked: list[tuple[str, int, int, int]] = field(default_factory=list)

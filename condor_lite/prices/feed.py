@@ -13,7 +13,6 @@ import random
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import anyio
 import structlog
@@ -24,6 +23,7 @@ from condor_lite.errors import ConfigError, StartError, StorageError
 from condor_lite.prices.book import PriceBook
 from condor_lite.prices.grid import QUIET_S, Point, Span, missing_head, missing_tail, on_grid
 from condor_lite.prices.replay import ReplaySource
+from condor_lite.prices.source import Source
 from condor_lite.prices.synthetic import SyntheticSource
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
@@ -37,33 +37,6 @@ _FINE_S = 3600  # every tick is kept for at least this long before the game's st
 _EARLY_S = 0.001  # what a clock's rounding may wake us too early
 _NOT_STORED = (StorageError, sqlite3.Error, OSError)
 _SAME_PRICE = 1e-6  # relative; less is another processor's rounding
-
-
-class Source(Protocol):
-    """Where prices come from. `str(source)` names it for people."""
-
-    name: str
-    simulated: bool
-    """Whether it knows its prices beforehand. `fetch` then never waits: it awaits nothing."""
-    latency_s: float
-    """How long after a tick's end (wall) its price can be had."""
-    page_points: int
-    """How many points one fetch may be asked for."""
-
-    async def fetch(self, asset: str, after_s: int, until_s: int, step_s: int) -> list[Point]:
-        """The settled points with `after_s < ts_s <= until_s`, at a resolution of `step_s` or finer.
-
-        In any order, on or off the grid, quiet times left out. Raises whatever went wrong: it is tried again.
-        """
-        ...
-
-    def end_s(self, asset: str) -> int | None:
-        """The time of the last point there will ever be, None for a source without end."""
-        ...
-
-    async def aclose(self) -> None:
-        """Give back what it holds."""
-        ...
 
 
 def make_source(config: Config) -> Source:

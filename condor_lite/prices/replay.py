@@ -36,6 +36,8 @@ class ReplaySource:
     simulated = True
     latency_s = 0.0
     page_points = 5_000
+    reach_s: int | None = None
+    skew_s: float | None = None
 
     def __init__(self, folder: Path, recordings: dict[str, Recording], tick_s: int, history_s: int) -> None:
         self._folder = folder

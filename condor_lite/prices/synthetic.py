@@ -59,6 +59,8 @@ class SyntheticSource:
     simulated = True
     latency_s = 0.0
     page_points = 10_000
+    reach_s: int | None = None
+    skew_s: float | None = None
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
