@@ -169,7 +169,7 @@ def _orchestrator(config: Config) -> Iterator[str]:
 
 def _recording(config: Config) -> Iterator[str]:
     feed = config.feed
-    if feed.source == "replay" and feed.path is not None:
+    if feed.source == ("replay",) and feed.path is not None:
         try:
             source = ReplaySource.load(feed.path, config.game.assets, feed.tick_s, feed.history_s)
             if config.game.start_s is not None:

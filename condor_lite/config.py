@@ -14,7 +14,6 @@ from pathlib import Path
 from condor_lite.config_document import Document
 from condor_lite.config_sections import (
     SECTIONS,
-    SIMULATED_SOURCES,
     Config,
     FeedConfig,
     GameConfig,
@@ -84,6 +83,8 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
     feed = FeedConfig(**given["feed"])
     if not document.is_given("feed.max_staleness"):
         feed = replace(feed, max_staleness_s=3 * feed.tick_s)
+    if not document.is_given("feed.failover_after"):
+        feed = replace(feed, failover_after_s=max(feed.failover_after_s, 5 * feed.tick_s))
     scoring = ScoringConfig(
         **{"workers": max(1, _available_cpus() - 1), "settle_delay_s": feed.tick_s} | given["scoring"]
     )
@@ -111,14 +112,10 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
 def _check_feed(document: Document, config: Config) -> None:
     game, feed = config.game, config.feed
     if document.is_sound("feed.source"):
-        if feed.source not in SIMULATED_SOURCES:
-            document.complain("feed.source", 'not available in this version yet: use "synthetic" or "replay"')
-            if game.speed != 1:
-                right = (
-                    'must be 1 unless feed.source is "synthetic" or "replay": live prices come in real time'
-                )
-                document.complain("game.speed", right)
-        if feed.source == "replay":
+        if not feed.simulated and game.speed != 1:
+            right = 'must be 1 unless feed.source is "synthetic" or "replay": live prices come in real time'
+            document.complain("game.speed", right)
+        if feed.source == ("replay",):
             _check_recording(document, config)
         elif game.start_s is not None:
             document.complain("game.start", 'is for feed.source = "replay" only: leave it out')
@@ -130,6 +127,9 @@ def _check_feed(document: Document, config: Config) -> None:
         document.complain("feed.history", right)
     if document.is_sound("feed.tick", "feed.max_staleness") and feed.max_staleness_s < feed.tick_s:
         document.complain("feed.max_staleness", f'must be at least a tick, "{shown_duration(feed.tick_s)}"')
+    if document.is_sound("feed.tick", "feed.failover_after") and feed.failover_after_s < 2 * feed.tick_s:
+        right = f'must be at least 2 ticks of "{shown_duration(feed.tick_s)}": one is a quiet market'
+        document.complain("feed.failover_after", right)
     extra = sorted(feed.symbols.keys() - set(game.assets))
     if extra and document.is_sound("game.settings"):
         right = f"no setting asks for {', '.join(extra)}, only for {', '.join(game.assets)}"

@@ -109,11 +109,20 @@ class GameConfig:
 
 @dataclass(frozen=True, slots=True)
 class FeedConfig:
-    source: str = documented(
-        _named_or_function(*SIMULATED_SOURCES, *LIVE_SOURCES, what="factory"),
+    source: tuple[str, ...] = documented(
+        Kind("string or list of strings", lambda value, base: _read_sources(value, base)),
         "where prices come from: `synthetic`, `replay`, `coinbase`, `kraken`, `binance`, `crunchdao`, "
-        '`pyth`, or `"module:factory"`; this version has `synthetic` and `replay`',
-        default="synthetic",
+        '`pyth`, or `"module:factory"`; of a list of live ones, `["coinbase", "kraken"]`, the next takes '
+        "over where one fails",
+        default=("synthetic",),
+        shown='"synthetic"',
+    )
+    failover_after_s: int = documented(
+        duration(),
+        "an asset whose source has given no new price for this long goes to the next one in `feed.source`, "
+        "and back when the first delivers again",
+        default=300,
+        shown="5m, or 5 ticks where that is longer",
     )
     tick_s: int = documented(
         duration(1, 86400), "resolution of the prices, and how often new ones are asked for", default=60
@@ -145,6 +154,11 @@ class FeedConfig:
         default_factory=dict,
         shown="per source",
     )
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the prices are not those of a market now."""
+        return self.source[0] in SIMULATED_SOURCES
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,6 +341,21 @@ def _key(section: str, name: str, default: Any, about: Documented) -> Key:
             default = ""
         written = shown(list(default) if isinstance(default, tuple) else default)
     return Key(section, name.removesuffix("_s"), name, written, about.meaning, about.kind, about.secret)
+
+
+_SOURCE = _named_or_function(*SIMULATED_SOURCES, *LIVE_SOURCES, what="factory")
+_SEVERAL_SOURCES = strings(
+    'must be one source, or a list of sources such as ["coinbase", "kraken"]', at_least=1
+)
+
+
+def _read_sources(value: Any, base: Path) -> tuple[str, ...]:
+    names: tuple[str, ...] = _SEVERAL_SOURCES.read(value if isinstance(value, list) else [value], base)
+    for name in names:
+        _SOURCE.read(name, base)
+        if name in SIMULATED_SOURCES and len(names) > 1:
+            raise WrongValueError(f'must be live sources in a list; "{name}" stands alone')
+    return names
 
 
 def _read_base_url(value: Any) -> str:

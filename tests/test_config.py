@@ -66,7 +66,7 @@ def test_the_demo_is_the_documented_one(tmp_path: Path, monkeypatch: pytest.Monk
         (60, 10, 20),
         (300, 30, 60),
     }
-    assert (config.feed.source, config.feed.tick_s, config.feed.history_s) == ("synthetic", 5, 86400)
+    assert (config.feed.source, config.feed.tick_s, config.feed.history_s) == (("synthetic",), 5, 86400)
     assert (config.scoring.interval_s, config.scoring.snapshot_interval_s) == (2, 30)
     assert config.orchestrator.mode == "local"
     assert config.orchestrator.models == tmp_path / "models"
@@ -125,6 +125,15 @@ def test_paths_are_relative_to_the_file(read: Callable[..., Config], tmp_path: P
     config = read('storage.path = "../x/game.db"\norchestrator.models = "/srv/models"')
     assert config.storage.path == tmp_path.parent / "x" / "game.db"
     assert config.orchestrator.models == Path("/srv/models")
+
+
+def test_a_source_may_have_others_to_fall_back_on(read: Callable[..., Config]) -> None:
+    feed = read('feed.source = ["coinbase", "my.feeds:make"]').feed
+    assert (feed.source, feed.simulated, feed.failover_after_s) == (("coinbase", "my.feeds:make"), False, 300)
+    assert read(FEED__SOURCE="kraken").feed.source == ("kraken",)
+    assert read(FEED__SOURCE='["kraken", "pyth"]').feed.source == ("kraken", "pyth")
+    coarse = read('feed.tick = "5m"', setting=SETTING.replace('"1m"', '"5m"').replace('"12m"', '"10m"'))
+    assert coarse.feed.failover_after_s == 1500
 
 
 @pytest.mark.parametrize(
@@ -248,8 +257,12 @@ WRONG = [
         'feed.source = "bitstamp"',
         'must be "synthetic", "replay", "coinbase", "kraken", "binance", "crunchdao"',
     ),
-    ('feed.source = "coinbase"', "not available in this version yet"),
-    ('feed.source = "my.feeds:make"', "not available in this version yet"),
+    ("feed.source = []", "must be one source, or a list of sources"),
+    ('feed.source = ["coinbase", "bitstamp"]', 'must be "synthetic", "replay", "coinbase"'),
+    ('feed.source = ["kraken", "kraken"]', '"kraken" is there twice'),
+    ('feed.source = ["coinbase", "synthetic"]', '"synthetic" stands alone'),
+    ('feed.source = "coinbase"\ngame.speed = 2', "must be 1 unless feed.source is"),
+    ("feed.failover_after = 119", 'must be at least 2 ticks of "60s"'),
     ('feed.source = "replay"', 'feed.path = "" (the default): must name the folder of <ASSET>.csv'),
     ('feed.source = "replay"\nfeed.path = "gone"', "must be a folder that can be read"),
     ('feed.source = "replay"\nfeed.path = "."', "has no BTC.csv, ETH.csv"),

@@ -441,10 +441,10 @@ async def test_a_replayed_day_runs_as_fast_as_its_work(db: Database, tmp_path: P
 
 async def test_the_configured_source_is_made(tmp_path: Path) -> None:
     record(tmp_path, 10, "BTC")
-    synthetic: Source = make_source(configure(source="synthetic", seed=4))
+    synthetic: Source = make_source(configure(source=("synthetic",), seed=4))
     assert str(synthetic) == "synthetic prices with feed.seed = 4"
-    assert isinstance(make_source(configure("BTC", source="replay", path=tmp_path)), ReplaySource)
+    assert isinstance(make_source(configure("BTC", source=("replay",), path=tmp_path)), ReplaySource)
     with pytest.raises(ConfigError, match=r"ETH\.csv"):
-        make_source(configure("ETH", source="replay", path=tmp_path))
+        make_source(configure("ETH", source=("replay",), path=tmp_path))
     with pytest.raises(ConfigError, match="not available"):
-        make_source(configure(source="kraken"))
+        make_source(configure(source=("kraken",)))

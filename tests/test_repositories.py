@@ -110,6 +110,22 @@ def test_a_stored_price_stands(conn: sqlite3.Connection) -> None:
     assert repositories.newest_price_s(conn, "ETH") == 240
 
 
+def test_points_say_where_they_came_from(conn: sqlite3.Connection) -> None:
+    repositories.add_prices(conn, "BTC", [(60, 2.0), (120, 3.0)], "coinbase", 1)
+    repositories.add_prices(conn, "BTC", [(180, 4.0)], "kraken", 2)
+    expected = {60: "coinbase", 120: "coinbase", 180: "kraken"}
+    assert repositories.load_sources(conn, "BTC", 0, 1e12) == expected
+    assert repositories.load_sources(conn, "BTC", 61, 179) == {120: "coinbase"}
+
+
+def test_only_the_source_that_gave_a_point_revises_it(conn: sqlite3.Connection) -> None:
+    repositories.add_prices(conn, "BTC", [(60, 2.0), (120, 3.0)], "coinbase", 1)
+    revised = [(60, 2.0), (120, 3.5), (180, 9.0)]
+    assert repositories.revise_prices(conn, "BTC", revised, "kraken") == []
+    assert repositories.revise_prices(conn, "BTC", revised, "coinbase") == [(120, 3.5)]
+    assert repositories.load_prices(conn, "BTC", 0, 1e12)[1].tolist() == [2.0, 3.5]
+
+
 @pytest.mark.parametrize("price", [0.0, -1.0, float("inf"), float("nan")])
 def test_what_is_no_price_is_refused(conn: sqlite3.Connection, price: float) -> None:
     with pytest.raises(sqlite3.IntegrityError):

@@ -42,9 +42,9 @@ _SAME_PRICE = 1e-6  # relative; less is another processor's rounding
 def make_source(config: Config) -> Source:
     """The source that `feed.source` names. Raises ConfigError where it can't be used."""
     feed = config.feed
-    if feed.source == "synthetic":
+    if feed.source == ("synthetic",):
         return SyntheticSource(feed.seed)
-    if feed.source == "replay":
+    if feed.source == ("replay",):
         if feed.path is None:
             raise ConfigError(['feed.path: must name the folder of <ASSET>.csv when feed.source = "replay"'])
         source = ReplaySource.load(feed.path, config.game.assets, feed.tick_s, feed.history_s)
@@ -52,7 +52,7 @@ def make_source(config: Config) -> Source:
             source.check_start(config.game.start_s)
         return source
     raise ConfigError(
-        [f'feed.source = "{feed.source}": not available in this version; use "synthetic" or "replay"']
+        [f'feed.source = "{feed.source[0]}": not available in this version; use "synthetic" or "replay"']
     )
 
 

@@ -242,7 +242,7 @@ async def _statistics(context: Context, total_models: int) -> Reply:
             leaderboard_at=moment(live.leaderboard.created_at_s) if live.leaderboard else None,
             scoring_rule=scorer["rule"] if scorer else live.config.scoring.rule,
             scorer_version=scorer["scorer_version"] if scorer else None,
-            simulated_prices=live.config.feed.source == "synthetic",
+            simulated_prices=live.config.feed.source == ("synthetic",),
         ),
         _BRIEFLY_S,
     )

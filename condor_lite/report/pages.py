@@ -80,8 +80,8 @@ async def _page(context: Context, made: ready.ReadyMade, window: Window) -> Repl
     )
     values = {
         "game": live.config.game.name,
-        "synthetic": live.config.feed.source == "synthetic",
-        "replayed": live.config.feed.source == "replay",
+        "synthetic": live.config.feed.source == ("synthetic",),
+        "replayed": live.config.feed.source == ("replay",),
         "window": window,
         "windows": list(Window),
         "now": moment(int(now_s)),

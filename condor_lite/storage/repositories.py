@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -100,6 +101,36 @@ def load_prices(
         dtype=[("ts_s", np.int64), ("price", np.float64)],
     )
     return np.ascontiguousarray(rows["ts_s"]), np.ascontiguousarray(rows["price"])
+
+
+def load_sources(conn: sqlite3.Connection, asset: str, from_s: float, to_s: float) -> dict[int, str]:
+    """By `ts_s`, ascending, the source that gave each stored point with `from_s <= ts <= to_s`.
+
+    A point filled in for a quiet time has the source of the point that proved it, so two points of the same
+    source stand for a move on one market.
+    """
+    rows = conn.execute(
+        "SELECT ts_s, source FROM price WHERE asset = ? AND ts_s BETWEEN ? AND ? ORDER BY ts_s",
+        (asset, from_s, to_s),
+    )
+    return {ts_s: sys.intern(source) for ts_s, source in rows}
+
+
+def revise_prices(
+    conn: sqlite3.Connection, asset: str, points: Iterable[tuple[int, float]], source: str
+) -> list[tuple[int, float]]:
+    """Give points that `source` gave before its new prices; those that were changed.
+
+    Only for points that no score can rest on yet: younger than `scoring.settle_delay`.
+    """
+    return [
+        (ts_s, price)
+        for ts_s, price in points
+        if conn.execute(
+            "UPDATE price SET price = ? WHERE asset = ? AND ts_s = ? AND source = ? AND price != ?",
+            (price, asset, ts_s, source, price),
+        ).rowcount
+    ]
 
 
 def newest_price_s(conn: sqlite3.Connection, asset: str) -> int | None:
