@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest, CallResponse
+from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest, CallResponse, SetupRequest
 
 from condor_lite.game.entities import RoundStatus
 from tests import fleet
@@ -306,3 +306,33 @@ async def test_a_locked_database_delays_storing_but_not_asking(tmp_path: Path) -
         assert stage.journal.failing is None
         answered = await stage.rows("SELECT count(*) FROM prediction WHERE status = 'SUCCESS'")
         assert answered[0][0] == len(model.predicts)
+
+
+@pytest.mark.parametrize("behaviour", ["not_protobuf", "broken_utf8_status"])
+async def test_a_reply_that_is_no_message_is_a_failure_that_says_so(behaviour: str, tmp_path: Path) -> None:
+    async with staged(tmp_path) as stage:
+        await stage.join(fleet.server("bad", behaviour), ModelServer("good"))
+        await stage.play(25)
+        answers = await stage.answers()
+        assert answers["bad", START_S + 20] == (
+            "FAILED",
+            "the model's server sent bytes that are no reply of the protocol",
+        )
+        assert answers["good", START_S + 20] == ("SUCCESS", None)
+
+
+async def test_a_setup_reply_that_is_no_message_is_reported_as_such(tmp_path: Path) -> None:
+    async def garbles(model: ModelServer, request: SetupRequest) -> bytes:
+        return b"\xff\xff\xff\xff not a message"
+
+    async with staged(tmp_path) as stage:
+        garbled = ModelServer("garbled", setup=garbles)
+        await garbled.start()
+        stage.models.append(garbled)
+        await stage.orchestrator.announce(garbled)
+        await stage.join(ModelServer("good"))
+        await until(lambda: stage.orchestrator.reports)
+        report = stage.orchestrator.reports[0]
+        assert (report["model_id"], report["failure_code"]) == ("garbled", "MULTIPLE_FAILED")
+        assert "Setup failed: the model's server sent bytes" in report["failure_reason"]
+        assert stage.ready("good")

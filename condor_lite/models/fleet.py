@@ -110,7 +110,7 @@ class Fleet:
         serve: Callable[[Connection], Awaitable[None]],
         renamed: Callable[[Connection], None],
     ) -> None:
-        for noisy in ("model_runner_client", "websockets", "grpc._common"):  # the last: a traceback a reply
+        for noisy in ("model_runner_client", "websockets"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         largest = max(setting.segments for setting in config.game.settings)
         self._max_reply_bytes = largest * config.predict.max_segment_bytes + 16 * 1024

@@ -17,11 +17,17 @@ from typing import Any
 import grpc
 import structlog
 from anyio.lowlevel import checkpoint_if_cancelled
+from google.protobuf.message import DecodeError
 from grpc.aio import AioRpcError, UsageError
 from model_runner_client.errors import InvalidCoordinatorUsageError
 from model_runner_client.grpc.generated.commons_pb2 import Argument, Variant, VariantType
-from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest, SetupRequest
-from model_runner_client.grpc.generated.dynamic_subclass_pb2_grpc import DynamicSubclassServiceStub
+from model_runner_client.grpc.generated.dynamic_subclass_pb2 import (
+    DESCRIPTOR,
+    CallRequest,
+    CallResponse,
+    SetupRequest,
+    SetupResponse,
+)
 from model_runner_client.model_runners import DynamicSubclassModelRunner
 from model_runner_client.security.tls_peer_key import TlsProbeError
 from model_runner_client.security.wallet_gelegation import AuthError
@@ -31,9 +37,11 @@ from condor_lite.models import security
 
 log = structlog.get_logger()
 
+_SERVICE = DESCRIPTOR.services_by_name["DynamicSubclassService"].full_name
 _SETUP_TIMEOUT_S = 60.0
 _CONNECT_ATTEMPTS = 3
 _REPLY_OVERHEAD_BYTES = 64 * 1024  # the channel's limit counts the framing too
+_NO_MESSAGE = "the model's server sent bytes that are no reply of the protocol"
 MAX_NAME_CHARS = 200
 
 
@@ -103,6 +111,7 @@ class Connection(DynamicSubclassModelRunner):
         self.problem: str | None = None
         """Why the last attempt to connect failed, for the host."""
         self._max_reply_bytes = max_reply_bytes
+        self._call: Any = None
 
     @property
     def info(self) -> ModelInfo:
@@ -163,10 +172,12 @@ class Connection(DynamicSubclassModelRunner):
             self.grpc_options.append(("grpc.enable_http_proxy", 0))
 
     async def setup(self, grpc_channel: Any) -> tuple[bool, Any]:
-        self.grpc_stub = DynamicSubclassServiceStub(grpc_channel)
+        # Replies stay bytes within gRPC: what its own decoding can't read, it would hand on as None.
+        call_setup = grpc_channel.unary_unary(f"/{_SERVICE}/Setup", SetupRequest.SerializeToString)
+        self._call = grpc_channel.unary_unary(f"/{_SERVICE}/Call", CallRequest.SerializeToString)
         try:
-            response = await self.grpc_stub.Setup(
-                SetupRequest(className=self.base_classname), timeout=self.setup_timeout
+            response = SetupResponse.FromString(
+                await call_setup(SetupRequest(className=self.base_classname), timeout=self.setup_timeout)
             )
         except AuthError as error:
             self.problem = security.refusal(error)
@@ -174,6 +185,9 @@ class Connection(DynamicSubclassModelRunner):
         except AioRpcError as error:
             self.problem = f"Setup failed: {_refusal(error, self.setup_timeout)[1]}"
             raise
+        except DecodeError:
+            self.problem = f"Setup failed: {_NO_MESSAGE}"
+            return False, self.ErrorType.FAILED
         except asyncio.CancelledError:
             await _let_scopes_know()
             raise
@@ -194,12 +208,12 @@ class Connection(DynamicSubclassModelRunner):
         def reply(outcome: Outcome, detail: str | None = None, payload: bytes | None = None) -> Reply:
             return Reply(outcome, int((loop.time() - started_s) * 1e6), detail, payload)
 
-        if self.grpc_stub is None or self.closed:
+        if self._call is None or self.closed:
             return reply(Outcome.UNREACHABLE, "the connection is closed")
         try:
             # gRPC's own deadline is kept by its threads; the outer one holds even if that is late.
             async with asyncio.timeout(timeout_s + 1.0):
-                response = await self.grpc_stub.Call(request, timeout=timeout_s)
+                response = CallResponse.FromString(await self._call(request, timeout=timeout_s))
         except AioRpcError as error:
             return reply(*_refusal(error, timeout_s))
         except TimeoutError:
@@ -214,7 +228,9 @@ class Connection(DynamicSubclassModelRunner):
             return reply(Outcome.UNREACHABLE, "the connection is closed")
         except AuthError as error:
             return reply(Outcome.REFUSED, security.refusal(error))
-        except Exception as error:  # undecodable messages: one model's trouble, whatever it is
+        except DecodeError:
+            return reply(Outcome.PROTOCOL, _NO_MESSAGE)
+        except Exception as error:  # one model's trouble, whatever it is
             return reply(Outcome.PROTOCOL, f"{type(error).__name__}: {first_line(str(error))}")
         code = response.status.code
         if code == "SUCCESS":

@@ -26,7 +26,7 @@ SERVICE = "dynamic_subclass.DynamicSubclassService"
 Wire = CallResponse | bytes
 """What a call is answered with: a message, or the bytes that stand in for one."""
 Behaviour = Callable[["ModelServer", CallRequest], Awaitable[Wire]]
-SetupBehaviour = Callable[["ModelServer", SetupRequest], Awaitable[SetupResponse]]
+SetupBehaviour = Callable[["ModelServer", SetupRequest], Awaitable[SetupResponse | bytes]]
 
 
 class Abort(Exception):
@@ -100,7 +100,7 @@ async def creates_an_instance(model: ModelServer, request: SetupRequest) -> Setu
     return SetupResponse(status=Status(code="SUCCESS", message=message))
 
 
-def _to_wire(response: Wire) -> bytes:
+def _to_wire(response: Wire | SetupResponse) -> bytes:
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
@@ -122,10 +122,10 @@ class ModelServer:
     credentials: grpc.ServerCredentials | None = None
     remember: bool = True
     stuck: bool = False
+    """Whether it is busy until the next Setup."""
     setups: int = 0
     calls: int = 0
     """Since the last Setup."""
-    """Whether it is busy until the next Setup."""
     ticks: list[dict[str, list[list[float]]]] = field(default_factory=list)
     predicts: list[tuple[str, int, int]] = field(default_factory=list)
     restarting: asyncio.Task[None] | None = None
@@ -140,9 +140,7 @@ class ModelServer:
         ]
         self._server = grpc.aio.server(options=options, compression=self.compression)
         methods = {
-            "Setup": grpc.unary_unary_rpc_method_handler(
-                self.Setup, SetupRequest.FromString, SetupResponse.SerializeToString
-            ),
+            "Setup": grpc.unary_unary_rpc_method_handler(self.Setup, SetupRequest.FromString, _to_wire),
             "Call": grpc.unary_unary_rpc_method_handler(self.Call, _from_wire, _to_wire),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
@@ -167,7 +165,7 @@ class ModelServer:
         await self.stop()
         await self.start()
 
-    async def Setup(self, request: SetupRequest, context: Any) -> SetupResponse:  # noqa: N802
+    async def Setup(self, request: SetupRequest, context: Any) -> SetupResponse | bytes:  # noqa: N802
         self.setups += 1
         self.calls, self.stuck = 0, False
         return await self.setup(self, request)
