@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         of_one = actions.add_parser(action, help=what, description=what[0].upper() + what[1:] + ".")
         of_one.add_argument("model_id", metavar="ID")
+    _add_export(verbs)
     for verb in verbs.choices.values():  # understood after the verb, too
         verb.add_argument("--config", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
@@ -115,6 +116,28 @@ def _add_rescore(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     instead.add_argument(
         "--forget", action="store_true", help="end a rescore without a switch, and delete what it has written"
     )
+
+
+def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = verbs.add_parser(
+        "export",
+        help="write what is stored into files, also while the game runs",
+        description="Write what is stored into files, whether or not the game is running. A file gets its "
+        "name when it is whole; one that is there already is left alone, and nothing is written.",
+    )
+    kinds = export.add_subparsers(dest="kind", metavar="KIND", required=True)
+    prices = kinds.add_parser(
+        "prices",
+        help='the stored prices, as feed.source = "replay" plays them',
+        description="Write <ASSET>.csv with the columns timestamp (epoch seconds) and close, every digit of "
+        'it, for each asset. With feed.source = "replay", feed.path = DIR, and game.start where the game '
+        "to be played again started, they are played as they were recorded.",
+        epilog="TIME is an ISO time, or how long before the game's newest round. Both ends are included.",
+    )
+    prices.add_argument("directory", type=Path, metavar="DIR", help="a folder, made where there is none")
+    prices.add_argument("--since", metavar="TIME", help="(default: as far back as prices are stored)")
+    prices.add_argument("--until", metavar="TIME", help="(default: to the newest)")
+    prices.add_argument("--overwrite", action="store_true", help="replace files that are there already")
 
 
 def main(argv: list[str]) -> int:
@@ -265,4 +288,35 @@ def _models(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_VERBS = {"check": _check, "init": _init, "score": _score, "rescore": _rescore, "models": _models}
+def _export(arguments: argparse.Namespace) -> int:
+    from contextlib import closing
+
+    from condor_lite import export
+    from condor_lite.storage.database import open_read_only
+
+    config = _config(arguments)
+    console = export.Console(sys.stderr)
+    with closing(open_read_only(config.storage.path)) as connection:
+        try:
+            written = export.prices(
+                connection,
+                arguments.directory,
+                *export.read_range(connection, arguments.since, arguments.until),
+                overwrite=arguments.overwrite,
+                tell=console.show,
+            )
+        finally:
+            console.end()
+    for line in export.lines(written):
+        print(line)
+    return 0
+
+
+_VERBS = {
+    "check": _check,
+    "init": _init,
+    "score": _score,
+    "rescore": _rescore,
+    "models": _models,
+    "export": _export,
+}

@@ -262,6 +262,21 @@ def moment() -> Kind:
     return Kind("ISO time", read, textual=True)
 
 
+def read_when(text: str, now_s: float) -> int:
+    """A time on the command line, epoch seconds: an ISO time, or how long before `now_s` ("3d")."""
+    try:
+        return int(now_s) - read_duration(text)
+    except WrongValueError:
+        pass
+    try:
+        return int(moment().read(text, Path()))
+    except WrongValueError:
+        raise WrongValueError(
+            'must be a time such as "2026-11-21" or "2026-11-21T08:00:00Z", or how long ago, such as "3d" or '
+            '"12h"'
+        ) from None
+
+
 def is_web_address(value: str, *, origin: bool = False) -> bool:
     """Whether this is an http(s) address without query and fragment; as an `origin`, also without a path."""
     try:

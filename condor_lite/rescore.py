@@ -18,7 +18,7 @@ import structlog
 
 from condor_lite.clock import Clock
 from condor_lite.config import Config
-from condor_lite.config_values import WrongValueError, moment, read_duration
+from condor_lite.config_values import WrongValueError, read_when
 from condor_lite.errors import CondorError
 from condor_lite.game.entities import Leaderboard, Round, Window
 from condor_lite.game.scoring import Rules, load_rule
@@ -389,16 +389,9 @@ def is_comparable(one: Candidate, job: Pending) -> bool:
 def read_since(text: str, now_s: float) -> int:
     """`--since`: an ISO time, or how long ago ("3d"), to epoch seconds. Raises RescoreError."""
     try:
-        return int(now_s) - read_duration(text)
-    except WrongValueError:
-        pass
-    try:
-        return int(moment().read(text, None))  # type: ignore[arg-type]
-    except WrongValueError:
-        raise RescoreError(
-            f'--since {text[:40]!r}: must be a time such as "2026-11-21" or "2026-11-21T08:00:00Z", or how '
-            'long ago, such as "3d" or "12h"'
-        ) from None
+        return read_when(text, now_s)
+    except WrongValueError as error:
+        raise RescoreError(f"--since {text[:40]!r}: {error}") from None
 
 
 _WHAT_NOW = "`condor-lite rescore --resume` goes on with it, `condor-lite rescore --forget` deletes it"

@@ -26,7 +26,7 @@ HOUSE = [
         "score",
         "rescore",
     ),
-    *("explain", "sums", "roster", "table", "control", "progress", "report"),
+    *("explain", "sums", "roster", "table", "control", "progress", "export", "report"),
     *("check", "scaffold", "supervisor", "cli", "__main__"),
 ]
 
