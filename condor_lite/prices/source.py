@@ -28,18 +28,21 @@ class UnknownAsset(SourceError):
 
 
 class Source(Protocol):
-    """Where prices come from. `str(source)` names it for people."""
+    """Where prices come from. `str(source)` names it for people.
+
+    A subclass gets defaults for all but `name` and `fetch`.
+    """
 
     name: str
-    simulated: bool
+    simulated: bool = False
     """Whether it knows its prices beforehand. `fetch` then never waits: it awaits nothing."""
-    latency_s: float
+    latency_s: float = 2.0
     """How long after a tick's end (wall) its price can be had."""
-    page_points: int
+    page_points: int = 300
     """How many points one fetch may be asked for."""
-    reach_s: int | None
+    reach_s: int | None = None
     """How far back it can be asked for, None for as far as anyone wants."""
-    skew_s: float | None
+    skew_s: float | None = None
     """How far the source's own clock is ahead of this machine's, None before it said so."""
 
     async def fetch(self, asset: str, after_s: int, until_s: int, step_s: int) -> list[Point]:
@@ -52,8 +55,7 @@ class Source(Protocol):
 
     def end_s(self, asset: str) -> int | None:
         """The time of the last point there will ever be, None for a source without end."""
-        ...
+        return None
 
     async def aclose(self) -> None:
         """Give back what it holds."""
-        ...
