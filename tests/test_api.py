@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from html import unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -47,6 +48,8 @@ from condor_lite.prices.feed import FeedState
 from condor_lite.report import server
 from condor_lite.report.answers import horizon_label, moment, naive_moment
 from condor_lite.report.api import ENDPOINTS, create_app
+from condor_lite.report.connections import SECURITY_HEADERS
+from condor_lite.report.failures import prefers_html
 from condor_lite.report.live import Live
 from condor_lite.report.params import read_moment
 from condor_lite.report.replies import encode_rows
@@ -778,6 +781,48 @@ async def test_errors_are_json_and_repeat_nothing(game: Game) -> None:
         assert "GET" in answer.headers["allow"]
 
 
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"}
+
+
+async def test_an_error_is_a_page_for_a_browser(game: Game) -> None:
+    for path, status in (
+        (f"/{quote(EVIL)}", 404),
+        ("/rounds/nonsense", 404),
+        ("/leaderboard?window=x", 400),
+        ("/?window=x", 400),
+    ):
+        page = await game.client.get(path, headers=BROWSER)
+        plain = await game.client.get(path, headers={"Accept": "application/json, text/html;q=0.9"})
+        assert page.status_code == plain.status_code == status
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert page.headers["vary"] == "Accept"
+        assert plain.json()["error"] in page.text
+        assert plain.json()["detail"][1:] in unescape(page.text)
+        assert "<script" not in page.text
+    posted = await game.client.post("/", headers=BROWSER)
+    assert posted.status_code == 405
+    assert sorted(posted.headers["allow"].split(", ")) == ["GET", "HEAD"]
+    assert "<h1>Method Not Allowed</h1>" in posted.text
+
+
+@pytest.mark.parametrize(
+    ("accept", "html"),
+    [
+        (BROWSER["Accept"], True),
+        ("text/html", True),
+        ("text/html;q=0.9, application/json;q=0.8", True),
+        ("", False),
+        ("*/*", False),
+        ("application/json", False),
+        ("application/json, text/html;q=0.5", False),
+        ("text/html;q=0, */*", False),
+        ("text/html;q=many", False),
+    ],
+)
+def test_who_prefers_a_page_is_told_by_its_accept_header(accept: str, html: bool) -> None:
+    assert prefers_html(accept) is html
+
+
 @pytest.mark.parametrize("path", ["/leaderboard", "/reports/models", "/healthz", "/", f"/rounds/{BTC_ROUND}"])
 async def test_head_is_get_without_a_body(game: Game, path: str) -> None:
     get, head = await game.client.get(path), await game.client.head(path)
@@ -791,9 +836,11 @@ async def test_head_is_get_without_a_body(game: Game, path: str) -> None:
 async def test_browsers_are_told_what_not_to_do(game: Game) -> None:
     for path in ("/", "/leaderboard", "/nothing", "/static/style.css"):
         headers = (await game.client.get(path)).headers
-        assert "default-src 'none'" in headers["content-security-policy"]
-        assert "unsafe" not in headers["content-security-policy"]
-        assert headers["x-content-type-options"] == "nosniff"
+        assert headers.items() >= SECURITY_HEADERS.items()
+    policy = SECURITY_HEADERS["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; ")
+    assert "frame-ancestors 'none'" in policy
+    assert policy.count("unsafe") == 1
 
 
 async def test_other_sites_may_read_only_if_configured(tmp_path: Path, game: Game) -> None:
@@ -807,10 +854,16 @@ async def test_other_sites_may_read_only_if_configured(tmp_path: Path, game: Gam
         preflight = await open_game.client.options(
             "/leaderboard", headers={**origin, "Access-Control-Request-Method": "GET"}
         )
+        refused = await open_game.client.options(
+            "/leaderboard", headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "PUT"}
+        )
 
     assert allowed.headers["access-control-allow-origin"] == "https://hub.example"
     assert "access-control-allow-origin" not in stranger.headers
+
     assert preflight.status_code == 200
+    assert (refused.status_code, refused.json()["error"]) == (400, "not allowed")
+    assert "access-control-allow-origin" not in refused.headers
 
 
 async def test_a_slow_or_failing_database_is_a_503_and_a_bug_a_500(tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -16,19 +16,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from condor_lite.errors import QueryTimeout, StorageError
 from condor_lite.report import answers, game, hub, ops, pages, params
 from condor_lite.report.context import Context, NotFound
+from condor_lite.report.failures import failure, prefers_html
 from condor_lite.report.live import Live
 from condor_lite.report.params import BadParameter, NoParams
-from condor_lite.report.replies import Reply, failure, respond
+from condor_lite.report.replies import Reply, respond
 from condor_lite.storage.database import Readers
 
 log = structlog.get_logger()
-
-P = TypeVar("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,86 +77,98 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/version", ops.version, NoParams, answers.Version),
 )
 
-_SECURITY_HEADERS = {
-    "content-security-policy": (
-        "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-}
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """For people. At an endpoint's own path it is what a client gets that prefers HTML, as browsers do."""
+
+    path: str
+    handler: Callable[[Context, Any], Awaitable[Reply]]
+    params: type
+
+
+PAGES: tuple[Page, ...] = (Page("/", pages.leaderboard, game.LeaderboardParams),)
+
 _METHODS = ("GET", "HEAD")
+_EXPLAINED = {
+    404: ("not found", "there is nothing at this address; the leaderboard is at /leaderboard"),
+    405: ("method not allowed", "nothing here is changed over HTTP: use GET or HEAD"),
+}
+_FAULT = ("internal error", "this is a fault of the program; the host's log has the details")
 
 
 def create_app(live: Live, readers: Readers) -> Starlette:
     """The whole report: the API and the pages. It reads; nothing that it is asked changes anything."""
     context = Context(live, readers)
+
+    async def http_failure(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        what, detail = _EXPLAINED.get(error.status_code, (error.detail.lower(), error.detail))
+        return failure(live, _accept(request), error.status_code, what, detail, error.headers)
+
+    async def fault(request: Request, error: Exception) -> Response:
+        return failure(live, _accept(request), 500, *_FAULT)
+
+    endpoints = {endpoint.path: endpoint for endpoint in ENDPOINTS}
+    by_path = {page.path: page for page in PAGES}
     routes: list[Route | Mount] = [
-        Route(endpoint.path, _serve(context, endpoint.handler, endpoint.params)) for endpoint in ENDPOINTS
+        Route(path, _serve(context, endpoints.get(path), by_path.get(path)))
+        for path in dict.fromkeys((*endpoints, *by_path))
     ]
-    routes.append(Route("/", _serve(context, pages.leaderboard, game.LeaderboardParams)))
     routes.append(Mount("/static", StaticFiles(packages=[("condor_lite.report", "static")])))
-    middleware = [Middleware(SecurityHeaders)]
-    if origins := live.config.report.cors_origins:
-        middleware.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=origins,
-                allow_methods=_METHODS,
-                allow_headers=["If-None-Match"],
-                expose_headers=["ETag", "X-Next-Before"],
-            )
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(_Cors, live)] if live.config.report.cors_origins else [],
+        exception_handlers={HTTPException: http_failure, Exception: fault},
+    )
+
+
+class _Cors(CORSMiddleware):
+    def __init__(self, app: ASGIApp, live: Live) -> None:
+        super().__init__(
+            app,
+            allow_origins=live.config.report.cors_origins,
+            allow_methods=_METHODS,
+            allow_headers=["If-None-Match"],
+            expose_headers=["ETag", "X-Next-Before"],
         )
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_failure})
+        self._live = live
 
-
-class SecurityHeaders:
-    """Puts what a browser must not do into every response."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_SECURITY_HEADERS)
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        detail = "only GET and HEAD from the origins in report.cors_origins may read this from other sites"
+        return failure(self._live, "", 400, "not allowed", detail)
 
 
 def _serve(
-    context: Context, handler: Callable[[Context, P], Awaitable[Reply]], kind: type[P]
+    context: Context, endpoint: Endpoint | None, page: Page | None
 ) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
+    """What answers at a path. Errors are caught here, so that a client never sees a trace."""
+    vary = "Accept, Accept-Encoding" if endpoint and page else "Accept-Encoding"
+
+    async def answer(request: Request) -> Response:
+        asked = page if page and (endpoint is None or prefers_html(_accept(request))) else endpoint
+        assert asked is not None
+        headers = None
         try:
-            sent = params.read(kind, request.query_params.getlist, request.path_params)
-            return respond(request, await handler(context, sent))
+            sent: Any = params.read(asked.params, request.query_params.getlist, request.path_params)
+            return respond(request, await asked.handler(context, sent), vary)
         except BadParameter as error:
-            return failure(400, "bad parameter", str(error))
+            status, what, detail = 400, "bad parameter", str(error)
         except NotFound as error:
-            return failure(404, "not found", str(error))
+            status, what, detail = 404, "not found", str(error)
         except StorageError as error:
+            status, detail, headers = 503, str(error), {"retry-after": "5"}
             what = "too slow" if isinstance(error, QueryTimeout) else "the database can't be read"
-            return failure(503, what, str(error), {"retry-after": "5"})
         except Exception:
-            # Caught here, so that a client never sees a trace and the server's own log stays quiet.
-            log.exception("request_failed", path=handler.__name__)
-            return failure(
-                500, "internal error", "this is a fault of the program; the host's log has the details"
-            )
+            log.exception("request_failed", path=asked.path)
+            status, what, detail = 500, *_FAULT
+        return failure(context.live, _accept(request), status, what, detail, headers)
 
-    return endpoint
+    return answer
 
 
-_EXPLAINED = {
-    404: ("not found", "there is nothing at this address; the leaderboard is at /leaderboard"),
-    405: ("method not allowed", "nothing here is changed over HTTP: use GET or HEAD"),
-}
-
-
-async def _http_failure(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    what, detail = _EXPLAINED.get(error.status_code, (error.detail.lower(), error.detail))
-    return failure(error.status_code, what, detail, error.headers)
+def _accept(request: Request) -> str:
+    return request.headers.get("accept", "")

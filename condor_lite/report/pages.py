@@ -5,29 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
 from condor_lite.game.entities import Standing, Window
 from condor_lite.report import ready
 from condor_lite.report.answers import horizon_label, moment
 from condor_lite.report.context import Context
 from condor_lite.report.game import LeaderboardParams
 from condor_lite.report.replies import Reply, pack
+from condor_lite.report.templates import HTML, render
 from condor_lite.storage import queries
 
-_HTML = "text/html; charset=utf-8"
 _RELOAD_S = 10
 _FOR_S = 2.0
 _ROUNDS = 8
 _MOST_MODELS = 1000
-
-_templates = Environment(
-    loader=PackageLoader("condor_lite.report"),
-    autoescape=select_autoescape(default=True),
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +69,6 @@ async def _page(context: Context, made: ready.ReadyMade, window: Window) -> Repl
         limit=_ROUNDS,
     )
     values = {
-        "game": live.config.game.name,
-        "synthetic": live.config.feed.source == ("synthetic",),
-        "replayed": live.config.feed.source == ("replay",),
         "window": window,
         "windows": list(Window),
         "now": moment(int(now_s)),
@@ -113,12 +100,9 @@ async def _page(context: Context, made: ready.ReadyMade, window: Window) -> Repl
         "first_scores_after": _first_scores_after(context),
         "reload_s": _RELOAD_S,
     }
-    return await context.in_thread(_render, values)
-
-
-def _render(values: dict[str, object]) -> Reply:
-    text = _templates.get_template("leaderboard.html").render(values)
-    return pack(text.encode(), int(_FOR_S), media_type=_HTML)
+    return await context.in_thread(
+        lambda: pack(render(live, "leaderboard.html", **values), int(_FOR_S), media_type=HTML)
+    )
 
 
 def _line(standing: Standing, window: Window, made: ready.ReadyMade) -> Line:

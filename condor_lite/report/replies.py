@@ -1,4 +1,4 @@
-"""Bodies, packed once: JSON, its ETag, its gzip; and what a request gets: the body, a 304, or an error."""
+"""Bodies, packed once: JSON, its ETag, its gzip; and what a request gets: the body, or a 304."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
-
-from condor_lite.report.answers import Failure
 
 JSON = "application/json"
 _ZIP_FROM_BYTES = 2048
@@ -59,11 +57,11 @@ def pack(
     return Reply(body, zipped, etag, max_age_s, status, media_type, headers or {})
 
 
-def respond(request: Request, reply: Reply) -> Response:
+def respond(request: Request, reply: Reply, vary: str = "Accept-Encoding") -> Response:
     """The response to this request: as the client accepts it, or 304 where it has it already."""
     headers = dict(reply.headers)
     headers["cache-control"] = f"public, max-age={reply.max_age_s}" if reply.max_age_s else "no-store"
-    headers["vary"] = "Accept-Encoding"
+    headers["vary"] = vary
     if reply.status == 200:
         headers["etag"] = reply.etag
         if _has_it(request.headers.get("if-none-match"), reply.etag):
@@ -73,16 +71,6 @@ def respond(request: Request, reply: Reply) -> Response:
         body = reply.zipped
         headers["content-encoding"] = "gzip"
     return Response(body, reply.status, headers, reply.media_type)
-
-
-def failure(status: int, error: str, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An error as every client gets it."""
-    return Response(
-        orjson.dumps(Failure(error, detail)),
-        status,
-        {"cache-control": "no-store", **(headers or {})},
-        JSON,
-    )
 
 
 def _has_it(if_none_match: str | None, etag: str) -> bool:

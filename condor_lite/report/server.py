@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 
 import anyio
@@ -14,10 +14,11 @@ from anyio.abc import TaskStatus
 from starlette.types import ASGIApp
 
 from condor_lite.errors import StartError
+from condor_lite.report.connections import REQUEST_WITHIN_S, SECURITY_HEADERS, Connection, check
 
 _BACKLOG = 1024
-_HEADER_BYTES = 16 * 1024
-_KEEP_ALIVE_S = 20
+_SEND_BUFFER_BYTES = 128 * 1024
+_CHECK_EVERY_S = 1.0
 _GRACE_S = 2  # for requests under way when the server is asked to stop
 
 
@@ -28,6 +29,8 @@ def bind(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Small, so that a slow client is seen to take something now and then, and costs little.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         sock.bind((host, port))
         sock.listen(_BACKLOG)
         sock.setblocking(False)
@@ -65,6 +68,12 @@ class _Uvicorn(uvicorn.Server):
         await super().startup(sockets)
         self.serving.set()
 
+    async def watch(self) -> None:
+        """Cut off slow clients, until cancelled."""
+        while True:
+            await asyncio.sleep(_CHECK_EVERY_S)
+            check(self.server_state.connections, asyncio.get_running_loop().time())  # type: ignore[arg-type]
+
 
 class Server:
     """Serves one application. `run` may be called again once it has ended: it binds the address anew."""
@@ -82,6 +91,11 @@ class Server:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)  # noqa: S104 - not bound here
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
+    @property
+    def connections(self) -> Set[Connection]:
+        """All that are open now."""
+        return self._server.server_state.connections if self._server else set()  # type: ignore[return-value]
+
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop()` or cancelled: both free the port and give requests under way 2 s to end."""
         if self._sock.fileno() == -1:
@@ -89,23 +103,24 @@ class Server:
         server = self._server = _Uvicorn(
             uvicorn.Config(
                 self._app,
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level="warning",
+                log_level="error",  # it warns of every client that sends nonsense
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
                 backlog=_BACKLOG,
-                timeout_keep_alive=_KEEP_ALIVE_S,
+                headers=list(SECURITY_HEADERS.items()),
+                timeout_keep_alive=int(REQUEST_WITHIN_S),
                 timeout_graceful_shutdown=_GRACE_S,
-                h11_max_incomplete_event_size=_HEADER_BYTES,
             )
         )
         # A task of its own: cancelling serve() would leave the port open.
         serving = asyncio.create_task(server.serve([self._sock]), name="uvicorn")
         started = asyncio.create_task(server.serving.wait(), name="uvicorn-started")
+        watching = asyncio.create_task(server.watch(), name="uvicorn-watch")
         try:
             await asyncio.wait({serving, started}, return_when=asyncio.FIRST_COMPLETED)
             if server.serving.is_set():
@@ -115,7 +130,9 @@ class Server:
             server.should_exit = True
             started.cancel()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait({serving, started})
+                await asyncio.wait({serving})
+            watching.cancel()
+            await asyncio.wait({started, watching})
         serving.result()
 
     def stop(self) -> None:

@@ -1,0 +1,232 @@
+"""What a client may send and how slowly: over real sockets against the report's own server."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import anyio
+import orjson
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from condor_lite.report import connections, server
+from condor_lite.report.connections import SECURITY_HEADERS
+from tests.stage import until
+
+pytestmark = pytest.mark.anyio
+
+LARGE = b"x" * 20_000_000
+ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[server.Server]:
+    """A server of three addresses: a short answer, a large one, and one that never comes."""
+
+    async def short(request: Request) -> Response:
+        return PlainTextResponse("here")
+
+    async def large(request: Request) -> Response:
+        return Response(LARGE)
+
+    async def never(request: Request) -> Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    app = Starlette(routes=[Route("/", short), Route("/large", large), Route("/never", never)])
+    made = server.Server(app, server.bind("127.0.0.1", 0))
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(made.run)
+        yield made
+        tasks.cancel_scope.cancel()
+
+
+class Client:
+    """A bare connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def answer(self) -> tuple[int, dict[str, str], bytes]:
+        async with asyncio.timeout(20):
+            head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = dict(line.split(": ", 1) for line in head[1:] if line)
+            body = await self.reader.readexactly(int(headers["content-length"]))
+        return int(head[0].split()[1]), headers, body
+
+    async def refusal(self) -> tuple[int, str]:
+        """The status and the detail of an error that ends the connection."""
+        status, headers, body = await self.answer()
+        assert headers.items() >= SECURITY_HEADERS.items()
+        assert headers["content-type"] == "application/json"
+        assert await self.ended()
+        said = orjson.loads(body)
+        assert set(said) == {"error", "detail"}
+        return status, said["detail"]
+
+    async def ended(self) -> bool:
+        async with asyncio.timeout(20):
+            try:
+                return await self.reader.read() == b""
+            except ConnectionError:
+                return True
+
+
+Connect = Callable[[], Awaitable[Client]]
+
+
+@pytest.fixture
+async def connect(served: server.Server) -> AsyncIterator[Connect]:
+    """Opens connections with little room for what has not been read, closed with the test."""
+    clients: list[Client] = []
+
+    async def open_one() -> Client:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", served.port))
+        clients.append(Client(*await asyncio.open_connection(sock=sock)))
+        return clients[-1]
+
+    yield open_one
+    for client in clients:
+        client.writer.transport.abort()
+
+
+async def check(made: server.Server, after_s: float) -> None:
+    """As the server does each second, at a later time."""
+    connections.check(made.connections, asyncio.get_running_loop().time() + after_s)
+
+
+async def test_an_address_and_headers_too_large_are_refused(connect: Connect) -> None:
+    for request in (
+        b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nCookie: " + b"a" * 17_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 101 + b"\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nNeverEnding: " + b"a" * 17_000,
+    ):
+        client = await connect()
+        client.send(request)
+        status, detail = await client.refusal()
+        assert status == 431
+        assert "16384 bytes" in detail
+
+
+async def test_an_address_of_a_thousand_ids_is_not_too_large(connect: Connect) -> None:
+    client = await connect()
+    client.send(b"GET /?projectIds=" + b"%2C".join([b"123456"] * 1000) + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (await client.answer())[0] == 200
+
+
+@pytest.mark.parametrize("sized", [b"Content-Length: 20000", b"Transfer-Encoding: chunked"])
+async def test_a_body_is_not_waited_for(connect: Connect, sized: bytes) -> None:
+    client = await connect()
+    client.send(b"POST / HTTP/1.1\r\nHost: x\r\n" + sized + b"\r\n\r\n")
+    assert await client.refusal() == (413, "nothing here is changed over HTTP: send no body")
+
+
+async def test_what_is_no_http_is_refused(connect: Connect) -> None:
+    client = await connect()
+    client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")  # TLS
+    assert (await client.refusal())[0] == 400
+
+
+async def test_requests_that_do_not_wait_for_answers_are_bounded(connect: Connect) -> None:
+    few, many = await connect(), await connect()
+    few.send(ASK * 8)
+    many.send(b"GET /never HTTP/1.1\r\nHost: x\r\n\r\n" + ASK * 1000)
+
+    assert [(await few.answer())[0] for _ in range(8)] == [200] * 8
+    assert (await many.refusal())[0] == 429
+
+
+async def test_a_client_that_sends_a_byte_at_a_time_is_cut_off(
+    served: server.Server, connect: Connect
+) -> None:
+    silent, dribbling, returning = [await connect() for _ in range(3)]
+    returning.send(ASK)
+    await returning.answer()
+    busy = await connect()
+    busy.send(b"GET /never HTTP/1.1\r\nHost: x\r\n\r\n")
+    for byte in ASK[:-2]:
+        dribbling.send(bytes([byte]))
+        await dribbling.writer.drain()
+    returning.send(ASK[:10])
+    await until(lambda: sum(not connection.is_waiting for connection in served.connections) == 1)
+
+    await check(served, 19)
+    assert len(served.connections) == 4
+    await check(served, 21)
+
+    assert await silent.ended()
+    assert await dribbling.ended()
+    assert await returning.ended()
+    assert len(served.connections) == 1
+
+
+async def test_a_client_that_never_reads_its_answer_is_cut_off(
+    served: server.Server, connect: Connect
+) -> None:
+    client = await connect()
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client.send(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+    await until(
+        lambda: any(connection.transport.get_write_buffer_size() for connection in served.connections)
+    )
+
+    await check(served, 0)
+    await check(served, 29)
+    assert len(served.connections) == 1
+    await check(served, 31)
+    await asyncio.sleep(0)
+    assert not served.connections
+
+
+async def test_a_client_that_reads_slowly_gets_all_of_its_answer(
+    served: server.Server, connect: Connect
+) -> None:
+    client = await connect()
+    client.send(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    head = await client.reader.readuntil(b"\r\n\r\n")
+    for megabytes in range(20):
+        await client.reader.readexactly(1_000_000)
+        await check(served, 20 * megabytes)
+
+    assert b"200 OK" in head
+    assert await client.ended()
+
+
+async def test_a_newcomer_takes_the_place_of_who_waits_longest(
+    served: server.Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 3)
+    busy, waiting, other = [await connect() for _ in range(3)]
+    busy.send(b"GET /never HTTP/1.1\r\nHost: x\r\n\r\n")
+    await until(lambda: not all(connection.is_waiting for connection in served.connections))
+    for client in (waiting, other):
+        client.send(ASK)
+        assert (await client.answer())[0] == 200
+
+    newcomer = await connect()
+    newcomer.send(ASK)
+
+    assert (await newcomer.answer())[0] == 200
+    assert await waiting.ended()
+    for client in (other, newcomer):
+        client.send(b"GET /never HTTP/1.1\r\nHost: x\r\n\r\n")
+    await until(lambda: not any(connection.is_waiting for connection in served.connections))
+    refused = await connect()
+    assert (await refused.refusal())[0] == 503
