@@ -1,6 +1,6 @@
 """A backlog of 10,000 predictions, from the database to the database, and what the event loop feels of it.
 
-Fetched, decompressed, decoded and checked, then again for the score, compared, written: all that happens to
+Fetched, decompressed, decoded, checked, scored, compared, written: all that happens to
 an answer after it was stored. The reference is parsing the same JSON once, in one process.
 """
 

@@ -39,6 +39,7 @@ from condor_lite.report import server as web
 from condor_lite.report.api import create_app
 from condor_lite.report.live import Live
 from condor_lite.storage import repositories
+from condor_lite.storage.compression import compress
 from condor_lite.storage.database import Database
 from condor_lite.storage.journal import Journal
 from condor_lite.worker import ValidationItem
@@ -433,7 +434,7 @@ async def _saturate(config: Config) -> None:
     payload = orjson.dumps([density] * setting.segments)
     async with ScoringPool(config.scoring.workers, Rules(), 10.0) as pool:
         while True:
-            await pool.validate([ValidationItem(payload, setting)] * 2000)
+            await pool.validate([ValidationItem(compress(payload), setting)] * 2000)
 
 
 async def hammer(port: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import time
@@ -32,6 +33,7 @@ from condor_lite import worker
 from condor_lite.errors import CondorError, StartError
 from condor_lite.game.calibration import WIDTH
 from condor_lite.game.scoring import Rules
+from condor_lite.storage.compression import whole_bytes
 from condor_lite.worker import Outcome, ScoringItem, ValidationItem
 
 log = structlog.get_logger()
@@ -40,6 +42,7 @@ Item = TypeVar("Item", ValidationItem, ScoringItem)
 
 _BATCH_S = 0.1  # what a batch is worth, as far as is known: half of it pays for its way there and back
 _BATCH_ITEMS = 512
+_SHARED_ITEMS = 32  # fewer are not spread over the workers
 _BATCH_BYTES = 4 * 2**20
 _GUESS_S_PER_BYTE = 5e-8  # until something has been measured
 _ITEM_BYTES = 200  # an item's cost besides its payload's, in bytes of payload
@@ -316,9 +319,11 @@ class ScoringPool:
     def _next_batch(self, work: _Work[Item]) -> list[int]:
         s_per_byte = self._s_per_byte.get(work.function, _GUESS_S_PER_BYTE)
         allowed = min(_BATCH_BYTES, _BATCH_S / s_per_byte)
+        share = max(math.ceil(len(work.todo) / self._workers), _SHARED_ITEMS)
+        most = min(_BATCH_ITEMS, share, len(work.todo))
         batch = [work.todo.popleft()]
         size = _cost_bytes(work.items[batch[0]])
-        while work.todo and len(batch) < _BATCH_ITEMS:
+        while len(batch) < most:
             size += _cost_bytes(work.items[work.todo[0]])
             if size > allowed:
                 break
@@ -371,7 +376,7 @@ def _keep_from_stopping() -> None:
 
 
 def _cost_bytes(item: ValidationItem | ScoringItem) -> int:
-    return len(item.payload) + _ITEM_BYTES
+    return whole_bytes(item.body) + _ITEM_BYTES
 
 
 def _broke(flight: _Flight) -> bool:

@@ -29,15 +29,16 @@ from condor_lite.game.windows import HOUR_S, WindowRows, WindowSums, window_star
 from condor_lite.pool import PoolError, ScoringPool
 from condor_lite.storage import repositories, rescores, scores
 from condor_lite.storage.calibration import add_calibration, load_brief_rows
+from condor_lite.storage.compression import whole_bytes
 from condor_lite.storage.database import Database
 from condor_lite.worker import ScoringItem, ValidationItem
 
 log = structlog.get_logger()
 
-_Answers = tuple[Round, dict[int, bytes]]  # a round and its payloads by `model_no`
+_Answers = tuple[Round, dict[int, bytes]]  # a round and its payloads by `model_no`, as they are stored
 
 _PAGE = 256  # rounds looked at together
-_GROUP_BYTES = 8 * 2**20  # payloads worked on at a time; as many are read meanwhile
+_GROUP_BYTES = 24 * 2**20  # answers in the pool at a time; as many are read, and as many stored, meanwhile
 _ANSWER_BYTES = 4096  # what an answer counts as besides its payload: small ones are work, too
 _TRIES = 5
 _RETRY_FIRST_S = 10.0  # on the wall; doubled with each try
@@ -57,12 +58,26 @@ class _Trouble:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A round that can be scored: what happened, whom it counts for, and their answers (by `model_no`)."""
+    """A round that can be scored: what happened, whom it counts for, and their answers (by `model_no`).
+
+    `unchecked`: nobody has looked into its answers yet.
+    """
 
     round: Round
     realised: Realised
     counted: dict[int, bool]
     payloads: dict[int, bytes]
+    unchecked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """A round's answers scored, in their order: raw scores, calibration sums, failures by `model_no`."""
+
+    task: _Task
+    raw: npt.NDArray[np.float64]
+    calibration: npt.NDArray[np.float64]
+    failures: dict[int, str]
 
 
 Checked = Callable[[Set[int], Mapping[int, str]], None]
@@ -136,12 +151,8 @@ class Scorer:
         benchmarks are those of today.
         """
         done: Counter[str] = Counter()
-        answers = 0
         self._models = await self._db.read(repositories.load_models)
-        async with aclosing(self._groups(rounds)) as groups:
-            async for group in groups:
-                answers += sum(len(payloads) for _, payloads in group)
-                await self._score(group, done)
+        answers = await self._score(rounds, frozenset(), done)
         for round_no, trouble in self._troubles.items():
             await self._db.write(rescores.leave_out, round_no, self._version, trouble.reason)
         self._troubles.clear()
@@ -210,16 +221,23 @@ class Scorer:
     # Checking answers
 
     async def _validate(self, done: Counter[str]) -> None:
-        """Look into the answers of closed rounds, so that a participant soon knows what was wrong."""
+        """Look into the answers of closed rounds, so that a participant soon knows what was wrong.
+
+        Those that can be scored already are left to that.
+        """
         while True:
             limit = _PAGE + len(self._troubles)
-            found = await self._db.read(repositories.rounds_to_validate, limit)
+            due_s = self._clock.now() - self._config.scoring.settle_delay_s
+            found = await self._db.read(repositories.rounds_to_validate, due_s, limit)
             rounds: Sequence[Round] = await self._worth_a_try(found, done)
             if not rounds:
                 return
-            async with aclosing(self._groups(rounds)) as groups:
-                async for group in groups:
-                    await self._check(group, done)
+            await self._check_all(rounds, done)
+
+    async def _check_all(self, rounds: Sequence[Round], done: Counter[str]) -> None:
+        async with aclosing(self._groups(rounds)) as groups:
+            async for group in groups:
+                await self._check(group, done)
 
     async def _check(self, group: Sequence[_Answers], done: Counter[str]) -> None:
         items = []
@@ -230,10 +248,15 @@ class Scorer:
         for (round_, payloads), reasons in zip(group, invalid, strict=True):
             with self._blaming(round_):
                 await self._db.write(repositories.save_validation, _no(round_), reasons)
-                self._on_checked(payloads.keys() - reasons.keys(), reasons)
-                if reasons:
-                    done["invalid"] += len(reasons)
-                    log.debug("answers_invalid", round_id=round_.round_id, models=list(reasons))
+                self._tell_checked(round_, payloads, reasons, done)
+
+    def _tell_checked(
+        self, round_: Round, payloads: Mapping[int, bytes], reasons: Mapping[int, str], done: Counter[str]
+    ) -> None:
+        self._on_checked(payloads.keys() - reasons.keys(), reasons)
+        if reasons:
+            done["invalid"] += len(reasons)
+            log.debug("answers_invalid", round_id=round_.round_id, models=list(reasons))
 
     async def _scale_unit(self, round_: Round) -> float:
         """What bounds on scales are multiples of: `P(t0)` where price changes are asked for, otherwise 1."""
@@ -262,25 +285,28 @@ class Scorer:
                 break
             seen.update(_no(round_) for round_ in new)
             new = await self._worth_a_try(new, done)
+            unchecked = await self._db.read(repositories.not_validated, [_no(round_) for round_ in new])
             newest_s = await self._db.read(_newest_prices_s, {round_.asset for round_ in new})
-            ready: Sequence[Round] = []
-            for round_ in new:
-                decision = verdict(
+            decisions = [
+                verdict(
                     newest_s[round_.asset],
                     now_s,
                     round_,
                     settle_delay_s=scoring.settle_delay_s,
                     void_after_s=scoring.void_after_s,
                 )
+                for round_ in new
+            ]
+            decided = list(zip(new, decisions, strict=True))
+            others = [round_ for round_, decision in decided if decision != SCORE]
+            await self._check_all([round_ for round_ in others if _no(round_) in unchecked], done)
+            for round_, decision in decided:
                 if decision == WAIT:
                     waiting[_no(round_)] = round_
-                elif decision == SCORE:
-                    ready = [*ready, round_]
-                else:
+                elif decision != SCORE:
                     await self._void(round_, decision, done)
-            async with aclosing(self._groups(ready)) as groups:
-                async for group in groups:
-                    await self._score(group, done)
+            ready = [round_ for round_, decision in decided if decision == SCORE]
+            await self._score(ready, unchecked, done)
             pause_s = scoring.interval_s * self._clock.speed
             if len(found) == limit and now_s - self._published_s >= pause_s:
                 await self._publish(changed=True)  # a long backlog shows as it shrinks
@@ -297,18 +323,46 @@ class Scorer:
         times_s += [trouble.retry_at_s for trouble in self._troubles.values()]
         return min(times_s, default=math.inf)
 
-    async def _score(self, group: Sequence[_Answers], done: Counter[str]) -> None:
-        """Score rounds together, and store each by itself."""
+    async def _score(self, rounds: Sequence[Round], unchecked: Set[int], done: Counter[str]) -> int:
+        """Score rounds in groups, one being stored while the next is in the pool; how many answers it were.
+
+        `unchecked`: the `round_no`s of those whose answers nobody has looked into yet.
+        """
+        answers = 0
+        storing: asyncio.Task[None] | None = None
+        try:
+            async with aclosing(self._groups(rounds)) as groups:
+                async for group in groups:
+                    answers += sum(len(payloads) for _, payloads in group)
+                    scored = await self._evaluate(group, unchecked, done)
+                    if storing is not None:
+                        await storing
+                    storing = asyncio.create_task(self._save_all(scored, done))
+            if storing is not None:
+                await storing
+        finally:
+            if storing is not None:
+                storing.cancel()
+                await asyncio.gather(storing, return_exceptions=True)
+        return answers
+
+    async def _evaluate(
+        self, group: Sequence[_Answers], unchecked: Set[int], done: Counter[str]
+    ) -> list[_Scored]:
+        """Score rounds together, as far as they can be."""
         series = await self._series([round_ for round_, _ in group])
         tasks: list[_Task] = []
         for round_, payloads in group:
             with self._blaming(round_):
                 realised = await asyncio.to_thread(self._realise, series[round_.asset], round_)
+                is_unchecked = _no(round_) in unchecked
                 if realised.void_reason is not None:
+                    if is_unchecked:
+                        await self._check([(round_, payloads)], done)
                     await self._void(round_, realised.void_reason, done)
                     continue
                 counted = await self._db.read(scores.counted_models, _no(round_))
-                tasks.append(_Task(round_, realised, counted, payloads))
+                tasks.append(_Task(round_, realised, counted, payloads, is_unchecked))
         items = [
             ScoringItem(payload, task.round.setting, task.realised)
             for task in tasks
@@ -316,36 +370,38 @@ class Scorer:
         ]
         raw, calibration, reasons = await self._pool.score(items)
         begin = 0
+        scored = []
         failed = _by_round([(task.round, task.payloads) for task in tasks], reasons)
         for task, failures in zip(tasks, failed, strict=True):
             end = begin + len(task.payloads)
-            with self._blaming(task.round):
-                await self._save(task, raw[begin:end], calibration[begin:end], failures, done)
+            scored.append(_Scored(task, raw[begin:end], calibration[begin:end], failures))
             begin = end
+        return scored
 
-    async def _save(
-        self,
-        task: _Task,
-        raw: npt.NDArray[np.float64],
-        calibration: npt.NDArray[np.float64],
-        failures: Mapping[int, str],
-        done: Counter[str],
-    ) -> None:
+    async def _save_all(self, scored: Sequence[_Scored], done: Counter[str]) -> None:
+        for one in scored:
+            with self._blaming(one.task.round):
+                await self._save(one, done)
+
+    async def _save(self, scored: _Scored, done: Counter[str]) -> None:
+        task, failures = scored.task, scored.failures
         round_, realised = task.round, task.realised
         values: dict[int, float | None] = dict.fromkeys(task.counted)
-        answers = dict(zip(task.payloads, raw.tolist(), strict=True))
+        answers = dict(zip(task.payloads, scored.raw.tolist(), strict=True))
         values.update((model_no, value) for model_no, value in answers.items() if model_no not in failures)
         benchmarks = {model.model_no for model in self._models if model.info.benchmark}
         result = await asyncio.to_thread(score_round, values, benchmarks, realised.no_move, self._info)
-        added = _calibration(task, calibration, failures)
+        added = _calibration(task, scored.calibration, failures)
         at_ms = int(self._clock.now() * 1000)
         saved, times = await self._db.write(
-            _store, _no(round_), failures, result, self._version, added, at_ms, self._again
+            _store, task, failures, result, self._version, added, at_ms, self._again
         )
         self._troubles.pop(_no(round_), None)
         if self._again:
             return
-        if failures:
+        if task.unchecked:
+            self._tell_checked(round_, task.payloads, failures, done)
+        elif failures:
             done["invalid"] += len(failures)
             log.warning("answers_not_scored", round_id=round_.round_id, reasons=dict(failures))
         if isinstance(result, VoidRound):
@@ -417,7 +473,7 @@ class Scorer:
                 read = rescores.payloads if self._again else repositories.payloads
                 payloads = await self._db.read(read, _no(round_))
                 group.append((round_, payloads))
-                size += sum(_ANSWER_BYTES + len(payload) for payload in payloads.values())
+                size += sum(_ANSWER_BYTES + whole_bytes(payload) for payload in payloads.values())
         return group, []
 
     # Rounds in trouble
@@ -496,7 +552,7 @@ def _newest_prices_s(conn: sqlite3.Connection, assets: Iterable[str]) -> dict[st
 
 def _store(
     conn: sqlite3.Connection,
-    round_no: int,
+    task: _Task,
     failures: Mapping[int, str],
     result: RoundScores | VoidRound,
     version: int,
@@ -507,7 +563,7 @@ def _store(
     """All that came of a round, in one transaction: whether it was not scored before, and what
     `add_calibration` returns.
     """
-    nothing = np.zeros(0)
+    nothing, round_no = np.zeros(0), _no(task.round)
     resolved = len(calibration.ends_s)
     if again:
         if isinstance(result, VoidRound):
@@ -517,7 +573,7 @@ def _store(
         if not scores.save_round_scores(conn, round_no, version, result, resolved, at_ms, details):
             return False, nothing
         return True, add_calibration(conn, round_no, version, calibration)
-    if failures:
+    if failures or task.unchecked:
         repositories.save_validation(conn, round_no, failures)
     if isinstance(result, VoidRound):
         scores.void_round(conn, round_no, result.reason)

@@ -29,6 +29,7 @@ from condor_lite.game.calibration import WIDTH
 from condor_lite.game.density import Densities, decode
 from condor_lite.game.entities import Setting
 from condor_lite.game.scoring import Realised, Rules, load_rule, score
+from condor_lite.storage.compression import decompress
 
 T = TypeVar("T")
 
@@ -48,18 +49,22 @@ _TOGETHER_MOST = 5  # times the time limit: what a batch that is stuck in native
 
 @dataclass(frozen=True, slots=True)
 class ValidationItem:
-    """An answer to check. Bounds on scales are multiples of `scale_unit`: `P(t0)` for price changes."""
+    """An answer to check, as it is stored. Bounds on scales are multiples of `scale_unit`: `P(t0)` for price
+    changes.
+    """
 
-    payload: bytes
+    body: bytes
     setting: Setting
     scale_unit: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class ScoringItem:
-    """An answer to score against what happened. Answers of a round share one `realised`: it is sent once."""
+    """An answer to score, as it is stored, against what happened. Answers of a round share one `realised`: it
+    is sent once.
+    """
 
-    payload: bytes
+    body: bytes
     setting: Setting
     realised: Realised
 
@@ -151,7 +156,8 @@ class Worker:
 
     def _decode(self, item: ValidationItem | ScoringItem) -> Densities:
         rule = self._rules.rule
-        return decode(item.payload, item.setting, self._rules.limits, rule=rule, scale_unit=item.scale_unit)
+        limits, payload = self._rules.limits, decompress(item.body)
+        return decode(payload, item.setting, limits, rule=rule, scale_unit=item.scale_unit)
 
     def _evaluate(
         self, pairs: list[tuple[Densities, Realised]]

@@ -27,6 +27,7 @@ from condor_lite.game.outcome import Realised
 from condor_lite.game.rounds import score_round
 from condor_lite.game.schedule import deadline_s
 from condor_lite.game.scoring import Rules, score
+from condor_lite.storage.compression import compress
 from condor_lite.worker import ScoringItem
 from tests.fleet import ModelServer, answers_well
 from tests.stage import START_S, staged, until
@@ -223,7 +224,7 @@ def in_worker(
     lone = worker.Worker(multiprocessing.RawArray("d", worker.NOTE_WIDTH), Rules(), limit_s, 256)
     before = signal.signal(signal.SIGALRM, worker._ring)
     try:
-        return lone.score(0, [ScoringItem(body, setting, x) for body in bodies], careful=False)
+        return lone.score(0, [ScoringItem(compress(body), setting, x) for body in bodies], careful=False)
     finally:
         signal.signal(signal.SIGALRM, before)
 

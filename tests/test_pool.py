@@ -24,6 +24,7 @@ from condor_lite.game.entities import Setting
 from condor_lite.game.outcome import Realised, Series, realise
 from condor_lite.game.scoring import Rules, SegmentScores, score
 from condor_lite.pool import ScoringPool
+from condor_lite.storage.compression import compress, decompress
 from condor_lite.worker import ScoringItem, ValidationItem
 from tests.rules import GUILTY
 
@@ -52,7 +53,7 @@ def outcome() -> Realised:
 
 def items(*locs: float) -> list[ScoringItem]:
     realised = outcome()
-    return [ScoringItem(answer(loc), SETTING, realised) for loc in locs]
+    return [ScoringItem(compress(answer(loc)), SETTING, realised) for loc in locs]
 
 
 def rules(name: str) -> Rules:
@@ -65,7 +66,7 @@ async def test_a_batch_scores_as_each_answer_alone() -> None:
         raw, _, reasons = await pool.score(batch)
     assert reasons == {}
     for index in (0, 1, 350, 511, 512, 699):
-        densities = decode(batch[index].payload, SETTING, Rules().limits)
+        densities = decode(decompress(batch[index].body), SETTING, Rules().limits)
         assert raw[index] == pytest.approx(
             score([(densities, batch[index].realised)], Rules())[0].raw, rel=1e-12
         )
@@ -75,9 +76,9 @@ async def test_what_is_no_answer_is_told_by_its_place() -> None:
     broken = answer().replace(b"0.0001", b"-1", 1)
     async with ScoringPool(1, Rules(), 5.0) as pool:
         reasons = await pool.validate(
-            [ValidationItem(payload, SETTING) for payload in (answer(), broken, b"[")]
+            [ValidationItem(compress(payload), SETTING) for payload in (answer(), broken, b"[")]
         )
-        batch = [*items(0.0), ScoringItem(broken, SETTING, outcome()), *items(1e-4)]
+        batch = [*items(0.0), ScoringItem(compress(broken), SETTING, outcome()), *items(1e-4)]
         raw, _, scoring_reasons = await pool.score(batch)
         assert await pool.validate([]) == {}
     assert list(reasons) == [1, 2]

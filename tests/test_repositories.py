@@ -32,6 +32,7 @@ from condor_lite.game.entities import (
     WindowScores,
 )
 from condor_lite.storage import repositories, scores
+from condor_lite.storage.compression import compress, decompress
 from condor_lite.storage.connection import connect_writer, migrate
 
 NOON_S = 1_700_000_000
@@ -214,7 +215,7 @@ def test_rounds_that_a_crash_left_open_are_void(conn: sqlite3.Connection) -> Non
     assert repositories.void_interrupted(conn, "the game stopped") == []
     void = repositories.select_rounds(conn, "status = 'void' AND asset = 'ETH'", ())
     assert [(round_.reason, round_.answered) for round_ in void] == [("the game stopped", 1)]
-    assert len(repositories.rounds_to_validate(conn, 10)) == 1
+    assert len(repositories.rounds_to_validate(conn, 0, 10)) == 1
 
 
 def test_a_models_first_answer_in_a_round_stands(conn: sqlite3.Connection) -> None:
@@ -225,7 +226,7 @@ def test_a_models_first_answer_in_a_round_stands(conn: sqlite3.Connection) -> No
     before = dump(conn)
     assert repositories.add_answers(conn, [answer(round_no, a, payload=b"[]"), answer(round_no, b)]) == 0
     assert dump(conn) == before
-    assert repositories.payloads(conn, round_no) == {a: b'[{"type": "norm"}]'}
+    assert repositories.payloads(conn, round_no) == {a: compress(b'[{"type": "norm"}]')}
 
 
 @settings(deadline=None, max_examples=40)
@@ -262,7 +263,7 @@ def test_answers_may_come_twice_and_in_any_groups(
         }
         for no in (1, 2):
             assert repositories.payloads(conn, no) == {
-                model_no: one.payload
+                model_no: compress(one.payload or b"")
                 for (of, model_no), one in first.items()
                 if of == no and one.status is SUCCESS
             }
@@ -309,7 +310,7 @@ def test_a_payload_is_stored_in_a_fifth_of_what_was_sent(conn: sqlite3.Connectio
     sent = json.dumps(segments).encode()
     repositories.add_answers(conn, [answer(round_no, a, payload=sent)])
     (stored,) = conn.execute("SELECT body FROM payload").fetchone()
-    assert repositories.decompress(stored) == sent
+    assert decompress(stored) == sent
     assert len(stored) <= 0.2 * len(sent)
 
 
@@ -320,11 +321,13 @@ def test_an_invalid_answer_fails_with_its_reason(conn: sqlite3.Connection) -> No
     a, b, c = join(conn, "a", "b", "c")
     held = hold(conn, NOON_S, (a, SUCCESS), (b, SUCCESS), (c, TIMEOUT))
     assert held.round_no is not None
-    assert repositories.rounds_to_validate(conn, 10) == [held]
-    assert scores.rounds_to_settle(conn, 1e12, 10) == []
+    assert repositories.rounds_to_validate(conn, held.resolvable_at_s - 1, 10) == [held]
+    assert repositories.rounds_to_validate(conn, held.resolvable_at_s, 10) == []
+    assert repositories.not_validated(conn, [held.round_no, 99]) == {held.round_no}
     for _ in range(2):
         repositories.save_validation(conn, held.round_no, {b: "segment 3: scale must be > 0", c: "no"})
-    assert repositories.rounds_to_validate(conn, 10) == []
+    assert repositories.rounds_to_validate(conn, 0, 10) == []
+    assert repositories.not_validated(conn, [held.round_no, 99]) == set()
     assert scores.rounds_to_settle(conn, 1e12, 10) == [replace(held, answered=1, failed=1)]
     assert repositories.payloads(conn, held.round_no).keys() == {a}
     rows = conn.execute("SELECT model_no, status, detail FROM prediction ORDER BY model_no").fetchall()
@@ -609,7 +612,8 @@ def test_no_query_of_the_loops_reads_a_whole_table(conn: sqlite3.Connection) -> 
     conn.set_trace_callback(statements.add)
     held = hold(conn, NOON_S + 10**5, (1, SUCCESS), (2, TIMEOUT))
     assert held.round_no is not None
-    repositories.rounds_to_validate(conn, 10)
+    repositories.rounds_to_validate(conn, 0, 10)
+    repositories.not_validated(conn, [held.round_no])
     repositories.payloads(conn, held.round_no)
     repositories.save_validation(conn, held.round_no, {1: "no"})
     scores.rounds_to_settle(conn, 1e12, 10)

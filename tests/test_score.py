@@ -235,6 +235,35 @@ async def test_what_is_wrong_with_an_answer_is_told_before_the_round_is_resolved
     assert counted > 0
 
 
+@pytest.mark.parametrize(
+    ("prices_to_s", "void_after", "status"),
+    [(120, "1h", "scored"), (20, "1h", "closed"), (20, "1m", "void"), (70, "1h", "void")],
+)
+async def test_what_is_wrong_with_an_answer_is_told_whatever_becomes_of_a_round_that_is_due(
+    tmp_path: Path, prices_to_s: int, void_after: str, status: str
+) -> None:
+    checked: list[tuple[set[int], set[int]]] = []
+    async with playing(tmp_path, CONFIG + f'void_after = "{void_after}"\n') as game:
+        await game.round(START_S, wide=answer(-1.0))
+        await game.prices(START_S if prices_to_s != 70 else START_S + 55, START_S + prices_to_s)
+        clock = SteppedClock(START_S + 180)
+        for _ in range(2):  # the second one has nothing to tell
+            await ScoreLoop(
+                game.config,
+                clock,
+                game.db,
+                lambda _: None,
+                lambda valid, reasons: checked.append((set(valid), set(reasons))),
+            ).finish()
+        numbers = {name: model.model_no for name, model in game.models.items()}
+        assert await game.rows("SELECT status, validated, answered, failed FROM round") == [
+            (status, 1, len(numbers) - 1, 1)
+        ]
+        ((detail,),) = await game.rows("SELECT detail FROM prediction WHERE status = 'FAILED'")
+    assert detail.startswith("invalid: segment 1: ")
+    assert checked == [(set(numbers.values()) - {numbers["wide"]}, {numbers["wide"]})]
+
+
 async def test_scoring_again_changes_nothing(tmp_path: Path) -> None:
     everything = "SELECT * FROM round_score JOIN score USING (round_no, scorer_version) ORDER BY 1, 2, 3"
     async with playing(tmp_path) as game:

@@ -18,8 +18,8 @@ from condor_lite import config as configuration
 from condor_lite.clock import SteppedClock
 from condor_lite.game import schedule
 from condor_lite.game.entities import Leaderboard
+from condor_lite.storage.compression import decompress
 from condor_lite.storage.database import open_read_only
-from condor_lite.storage.repositories import decompress
 from condor_lite.supervisor import Game, playing
 from tests.prices import recorded
 from tests.stage import until

@@ -9,7 +9,8 @@ from typing import Any
 
 from condor_lite.game.entities import AnswerStatus, Round
 from condor_lite.game.scoring import Rules
-from condor_lite.storage.repositories import decompress, select_rounds
+from condor_lite.storage.compression import decompress
+from condor_lite.storage.repositories import select_rounds
 from condor_lite.storage.rescores import load_rules
 
 

@@ -9,19 +9,14 @@ from __future__ import annotations
 import json
 import sqlite3
 import sys
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
 from condor_lite.game.entities import Answer, AnswerStatus, Model, ModelInfo, Round, RoundStatus, Setting
-
-# Level 3 stores 60 segments of JSON in 11 % (6 digits a number) to 18 % (17 digits), in 40 us; level 9 costs
-# five times as much for no gain.
-_COMPRESSION_LEVEL = 3
+from condor_lite.storage.compression import compress
 
 # Columns in the order of the records' fields.
 _SELECT_MODELS = (
@@ -32,22 +27,6 @@ _SELECT_ROUNDS = (
     "SELECT asset, horizon_s, step_s, scheduled_at_s, status, reason, performed_at_ms, "
     "answered, failed, timed_out, absent, round_no FROM round WHERE "
 )
-
-
-class _Codec(threading.local):
-    """zstandard's contexts: costly to make, not to be shared between threads."""
-
-    def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=_COMPRESSION_LEVEL)
-        self.decompressor = zstandard.ZstdDecompressor()
-
-
-_codec = _Codec()
-
-
-def decompress(body: bytes) -> bytes:
-    """A stored payload's bytes as the model sent them."""
-    return _codec.decompressor.decompress(body)
 
 
 # The clock
@@ -265,7 +244,7 @@ def add_answers(conn: sqlite3.Connection, answers: Iterable[Answer]) -> int:
     """
     new = [answer for answer in answers if _insert_prediction(conn, answer)]
     kept = [
-        (answer.round_no, answer.model_no, _codec.compressor.compress(answer.payload))
+        (answer.round_no, answer.model_no, compress(answer.payload))
         for answer in new
         if answer.payload is not None
     ]
@@ -283,21 +262,35 @@ def add_answers(conn: sqlite3.Connection, answers: Iterable[Answer]) -> int:
     return len(new)
 
 
-def rounds_to_validate(conn: sqlite3.Connection, limit: int) -> list[Round]:
-    """Closed rounds whose answers nobody has looked into yet, the first to be resolved first."""
+def rounds_to_validate(conn: sqlite3.Connection, after_s: float, limit: int) -> list[Round]:
+    """Closed rounds with `resolvable_at > after_s` whose answers nobody has looked into yet, the first to be
+    resolved first. The earlier ones are looked into as they are scored.
+    """
     return select_rounds(
-        conn, "status = 'closed' AND validated = 0 ORDER BY resolvable_at_s, round_no LIMIT ?", (limit,)
+        conn,
+        "status = 'closed' AND validated = 0 AND resolvable_at_s > ? "
+        "ORDER BY resolvable_at_s, round_no LIMIT ?",
+        (after_s, limit),
     )
 
 
+def not_validated(conn: sqlite3.Connection, round_nos: Iterable[int]) -> set[int]:
+    """Those of the rounds whose answers nobody has looked into yet."""
+    rows = conn.execute(
+        "SELECT round_no FROM json_each(?) CROSS JOIN round ON round_no = value WHERE validated = 0",
+        (json.dumps(list(round_nos)),),
+    )
+    return {round_no for (round_no,) in rows}
+
+
 def payloads(conn: sqlite3.Connection, round_no: int) -> dict[int, bytes]:
-    """By `model_no`, what the models with a valid answer sent, as far as it is still stored."""
+    """By `model_no`, what the models with a valid answer sent, compressed, as far as it is still stored."""
     rows = conn.execute(
         "SELECT model_no, body FROM payload JOIN prediction USING (round_no, model_no) "
         "WHERE round_no = ? AND status = 'SUCCESS' ORDER BY model_no",
         (round_no,),
     )
-    return {model_no: decompress(body) for model_no, body in rows}
+    return dict(rows.fetchall())
 
 
 def save_validation(conn: sqlite3.Connection, round_no: int, invalid: Mapping[int, str]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from condor_lite.game.entities import Leaderboard, Round
 from condor_lite.game.scoring import Rules
 from condor_lite.storage import scores
-from condor_lite.storage.repositories import decompress, select_rounds
+from condor_lite.storage.repositories import select_rounds
 
 FORGOTTEN = "forgotten"  # the fingerprint of a scorer whose scores are being deleted, or are gone
 
@@ -206,13 +206,15 @@ def counts(conn: sqlite3.Connection, version: int, from_s: int) -> Counts:
 
 
 def payloads(conn: sqlite3.Connection, round_no: int) -> dict[int, bytes]:
-    """By `model_no`, what was answered in time, also what was rejected then: other rules may accept it."""
+    """By `model_no`, what was answered in time, compressed; also what was rejected then: other rules may
+    accept it.
+    """
     rows = conn.execute(
         "SELECT model_no, body FROM payload JOIN prediction USING (round_no, model_no) "
         "WHERE round_no = ? AND (status = 'SUCCESS' OR detail LIKE 'invalid: %') ORDER BY model_no",
         (round_no,),
     )
-    return {model_no: decompress(body) for model_no, body in rows}
+    return dict(rows.fetchall())
 
 
 # Rounds that can't be scored again

@@ -39,11 +39,10 @@ WINDOW_ROW = np.dtype(
 
 
 def rounds_to_settle(conn: sqlite3.Connection, resolvable_until_s: float, limit: int) -> list[Round]:
-    """Closed and validated rounds with `resolvable_at <= resolvable_until_s`, the oldest first."""
+    """Closed rounds with `resolvable_at <= resolvable_until_s`, the oldest first."""
     return select_rounds(
         conn,
-        "status = 'closed' AND validated = 1 AND resolvable_at_s <= ? "
-        "ORDER BY resolvable_at_s, round_no LIMIT ?",
+        "status = 'closed' AND resolvable_at_s <= ? ORDER BY resolvable_at_s, round_no LIMIT ?",
         (resolvable_until_s, limit),
     )
 
