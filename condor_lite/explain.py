@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from condor_lite.config import Config
 from condor_lite.errors import CondorError
 from condor_lite.game.density import decode
 from condor_lite.game.entities import AnswerStatus, Round, RoundStatus, Setting
-from condor_lite.game.outcome import BASIS_POINTS, Realised, Series, realise
+from condor_lite.game.outcome import BASIS_POINTS, Realised, realise
 from condor_lite.game.scoring import Rules, score
 from condor_lite.storage.evidence import (
     AnswerEvidence,
@@ -25,7 +26,7 @@ from condor_lite.storage.evidence import (
     find_versions,
     knows_model,
 )
-from condor_lite.storage.repositories import load_prices
+from condor_lite.storage.repositories import load_series
 
 _SAME = 1e-12  # relative: how well the score computed anew must agree with the stored one
 
@@ -64,7 +65,8 @@ class Explanation:
     """One answer and its score. Lists are by segment, `prices` (time in epoch seconds, price) by end point.
 
     `densities` is the answer's JSON as it was sent, None where it is no JSON or not there any more. None in a
-    list: no fresh price, an unresolved segment. `reason` says what is missing, and why.
+    list: no fresh price, an unresolved segment; `unresolved` says by segment why, None for those that are
+    resolved. `reason` says what else is missing, and why.
     """
 
     round: Round
@@ -74,6 +76,7 @@ class Explanation:
     densities: bytes | None
     prices: list[tuple[int, float | None]]
     increments: list[float | None]
+    unresolved: list[str | None]
     segment_scores: list[float | None] | None
 
 
@@ -114,7 +117,7 @@ def explain(
             raise NotExplained("this model was neither asked in the round nor missed in it")
         raise NotExplained("no model with this id has ever taken part")
     answer = answers[0]
-    realised = _realised(conn, config, held, result)
+    realised, sources = _realised(conn, config, held, result)
     segments, reason = _segment_scores(config, held.setting, result, answer, realised)
     return Explanation(
         round=held,
@@ -126,6 +129,7 @@ def explain(
             zip(realised.boundary_ts_s.tolist(), _numbers(realised.boundary_price), strict=True),
         ),
         increments=_numbers(realised.increments),
+        unresolved=list(_unresolved(realised, sources)),
         segment_scores=None if segments is None else _numbers(segments),
     )
 
@@ -154,10 +158,26 @@ def _unscored(held: Round) -> str:
     return f"the round is {held.status.value} and has no scores: {held.reason or 'no reason was noted'}"
 
 
-def _realised(conn: sqlite3.Connection, config: Config, held: Round, result: Result) -> Realised:
+def _realised(
+    conn: sqlite3.Connection, config: Config, held: Round, result: Result
+) -> tuple[Realised, tuple[str, ...]]:
+    """The round's outcome, and the names that its `boundary_source` numbers stand for."""
     tick_s = config.feed.tick_s
-    prices = load_prices(conn, held.asset, held.scheduled_at_s - tick_s, held.resolvable_at_s)
-    return realise(Series(*prices), held.setting, held.scheduled_at_s, tick_s, result.target)
+    series, sources = load_series(conn, held.asset, held.scheduled_at_s - tick_s, held.resolvable_at_s)
+    return realise(series, held.setting, held.scheduled_at_s, tick_s, result.target), sources
+
+
+def _unresolved(realised: Realised, sources: tuple[str, ...]) -> Iterator[str | None]:
+    """Why each segment is not resolved, None for those that are."""
+    between = realised.between_sources
+    for at, known in enumerate(np.isfinite(realised.increments).tolist()):
+        if known:
+            yield None
+        elif between[at] and realised.boundary_source is not None:
+            first, then = (sources[number] for number in realised.boundary_source[at : at + 2].tolist())
+            yield f"the source of the prices changed from {first} to {then}"
+        else:
+            yield "there is no fresh price at both its ends"
 
 
 def _segment_scores(

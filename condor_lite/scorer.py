@@ -432,16 +432,14 @@ class Scorer:
             before = spans.get(round_.asset, (from_s, round_.resolvable_at_s))
             spans[round_.asset] = (min(before[0], from_s), max(before[1], round_.resolvable_at_s))
         return {
-            asset: Series(*await self._db.read(repositories.load_prices, asset, *span))
+            asset: (await self._db.read(repositories.load_series, asset, *span))[0]
             for asset, span in spans.items()
         }
 
     def _realise(self, series: Series, round_: Round) -> Realised:
         """The outcome, from the round's own span: what else is scored along with it makes no difference."""
-        from_s = round_.scheduled_at_s - self._config.feed.max_staleness_s
-        own = slice(int(np.searchsorted(series.ts_s, from_s)), None)
         return realise(
-            Series(series.ts_s[own], series.price[own]),
+            series.since(round_.scheduled_at_s - self._config.feed.max_staleness_s),
             round_.setting,
             round_.scheduled_at_s,
             self._config.feed.tick_s,

@@ -45,10 +45,11 @@ def answer_lines(explained: Explanation) -> Iterator[str]:
     yield f"{'start':>7}  {_time(start_s):<19} {_exact(start_price)}"
     for at, (ts_s, price) in enumerate(explained.prices[1:]):
         density = orjson.dumps(densities[at]).decode() if _has(densities, at) else ""
+        remark = f"({explained.unresolved[at]})  " if explained.unresolved[at] else ""
         value = explained.segment_scores[at] if explained.segment_scores else None
         yield (
             f"{at + 1:>7}  {_time(ts_s):<19} {_exact(price)} {_exact(explained.increments[at])} "
-            f"{_exact(value)}  {density[:200]}".rstrip()
+            f"{_exact(value)}  {remark}{density[:200]}".rstrip()
         )
     yield ""
     yield from _sum(answer, result)

@@ -581,6 +581,7 @@ async def test_a_score_is_explained_by_everything_it_is_made_of(game: Game) -> N
         for (_, before), (_, after) in zip(body["prices"], body["prices"][1:], strict=False)
     ]
     assert body["increments"] == pytest.approx(moves)
+    assert body["unresolved"] == [None] * 6
     assert sum(body["segment_scores"]) / 6 == pytest.approx(body["raw_score"], rel=1e-12)
     assert body["no_move"] == pytest.approx(1e4 * sum(map(abs, moves)) / 6)
     assert body["score"] == pytest.approx(100 * (body["median"] - body["raw_score"]) / body["no_move"])
@@ -628,6 +629,7 @@ async def test_an_explanation_says_what_was_pruned(tmp_path: Path) -> None:
     assert without_payload["raw_score"] > 0
     assert all(price is not None for _, price in without_payload["prices"])
     assert without_prices["increments"] == [None] * 6
+    assert without_prices["unresolved"] == ["there is no fresh price at both its ends"] * 6
 
 
 async def test_commands_explain_scores_as_the_api_does(game: Game) -> None:

@@ -114,9 +114,12 @@ def test_a_stored_price_stands(conn: sqlite3.Connection) -> None:
 def test_points_say_where_they_came_from(conn: sqlite3.Connection) -> None:
     repositories.add_prices(conn, "BTC", [(60, 2.0), (120, 3.0)], "coinbase", 1)
     repositories.add_prices(conn, "BTC", [(180, 4.0)], "kraken", 2)
-    expected = {60: "coinbase", 120: "coinbase", 180: "kraken"}
-    assert repositories.load_sources(conn, "BTC", 0, 1e12) == expected
-    assert repositories.load_sources(conn, "BTC", 61, 179) == {120: "coinbase"}
+    series, names = repositories.load_series(conn, "BTC", 0, 1e12)
+    assert series.source is not None
+    assert (series.ts_s.tolist(), series.price.tolist()) == ([60, 120, 180], [2.0, 3.0, 4.0])
+    assert [names[number] for number in series.source.tolist()] == ["coinbase", "coinbase", "kraken"]
+    series, names = repositories.load_series(conn, "BTC", 61, 179)
+    assert (series.ts_s.tolist(), names) == ([120], ("coinbase",))
 
 
 def test_only_the_source_that_gave_a_point_revises_it(conn: sqlite3.Connection) -> None:

@@ -11,6 +11,7 @@ from condor_lite.game.entities import Round, Setting
 from condor_lite.game.families import Floats
 
 Seconds = npt.NDArray[np.int64]
+Sources = npt.NDArray[np.int16]
 
 BASIS_POINTS = 1e4
 WAIT, SCORE = "wait", "score"
@@ -18,10 +19,19 @@ WAIT, SCORE = "wait", "score"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """One asset's prices: `ts_s` int64[k], epoch seconds UTC, ascending; `price` float64[k]."""
+    """One asset's prices: `ts_s` int64[k], epoch seconds UTC, ascending; `price` float64[k].
+
+    `source` int16[k] tells apart the sources that gave them; None: all came from one.
+    """
 
     ts_s: Seconds
     price: Floats
+    source: Sources | None = None
+
+    def since(self, from_s: int) -> Series:
+        """The points with `ts >= from_s`."""
+        own = slice(int(np.searchsorted(self.ts_s, from_s)), None)
+        return Series(self.ts_s[own], self.price[own], None if self.source is None else self.source[own])
 
     @property
     def newest_s(self) -> int | None:
@@ -35,7 +45,8 @@ class Realised:
     `boundary_ts_s` int64[n + 1] are the grid times t_0 .. t_n; `boundary_price` float64[n + 1] the prices
     there, NaN where not fresh; `increments` float64[n] the log returns or price differences, NaN where
     unresolved; `unit` turns an increment into basis points; `no_move` is the mean |x_k| over the resolved
-    segments in bp, NaN without any.
+    segments in bp, NaN without any. `boundary_source` int16[n + 1] are the numbers of the sources of the
+    prices, -1 where not fresh; None: all came from one.
     """
 
     boundary_ts_s: Seconds
@@ -44,13 +55,24 @@ class Realised:
     resolved: int
     unit: float
     no_move: float
+    boundary_source: Sources | None = None
+
+    @property
+    def between_sources(self) -> npt.NDArray[np.bool_]:
+        """Which segments, bool[n], have end prices of two sources, whose difference is no market's move."""
+        if self.boundary_source is None:
+            return np.zeros(len(self.increments), np.bool_)
+        start, end = self.boundary_source[:-1], self.boundary_source[1:]
+        return np.asarray((start != end) & (start >= 0) & (end >= 0))
 
     @property
     def void_reason(self) -> str | None:
         """Why this outcome can't be scored, or None."""
         n = len(self.increments)
         if 2 * self.resolved < n:
-            return f"prices resolve only {self.resolved} of {n} segments"
+            between = int(self.between_sources.sum())
+            also = f"; the prices of {between} come from two sources" if between else ""
+            return f"prices resolve only {self.resolved} of {n} segments{also}"
         if not np.isfinite(self.unit):
             return "there is no price at the start of the round"
         return None
@@ -60,7 +82,8 @@ def realise(series: Series, setting: Setting, scheduled_at_s: int, tick_s: int, 
     """The increments of a round over its segments `(t0 + (k-1)*step, t0 + k*step]`.
 
     P(tau) is the last price with timestamp <= tau, fresh when less than `tick_s` old; a segment is resolved
-    when both its end points are fresh, a zero increment included. `target`: "log_return" or "price_change".
+    when both its end points are fresh and from one source, a zero increment included. `target`:
+    "log_return" or "price_change".
     """
     boundary_ts_s = scheduled_at_s + setting.step_s * np.arange(setting.segments + 1, dtype=np.int64)
     last = np.searchsorted(series.ts_s, boundary_ts_s, side="right") - 1
@@ -72,14 +95,24 @@ def realise(series: Series, setting: Setting, scheduled_at_s: int, tick_s: int, 
     age_s = np.full(len(boundary_ts_s), tick_s, np.int64)
     age_s[known] = boundary_ts_s[known] - series.ts_s[last[known]]
     price[~usable | (age_s >= tick_s)] = np.nan
+    source = None if series.source is None else _sources(series.source, last, np.isnan(price))
     if target == "price_change":
         increments, unit = np.diff(price), BASIS_POINTS / start
     else:
         increments, unit = np.log1p(np.diff(price) / price[:-1]), BASIS_POINTS
+    if source is not None:
+        increments[source[:-1] != source[1:]] = np.nan
     resolved = np.isfinite(increments)
     count = int(resolved.sum())
     no_move = float(np.abs(increments[resolved]).mean() * unit) if count else float("nan")
-    return Realised(boundary_ts_s, price, increments, count, unit, no_move)
+    return Realised(boundary_ts_s, price, increments, count, unit, no_move, source)
+
+
+def _sources(source: Sources, last: npt.NDArray[np.intp], unknown: npt.NDArray[np.bool_]) -> Sources | None:
+    """The sources of the boundary prices, None where it is one."""
+    found = np.full(len(last), -1, np.int16)
+    found[~unknown] = source[last[~unknown]]
+    return found if len(np.unique(found[~unknown])) > 1 else None
 
 
 def verdict(

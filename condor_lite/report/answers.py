@@ -399,7 +399,8 @@ class RoundDetail:
 
 @dataclass(frozen=True, slots=True)
 class PredictionDetail:
-    """All that a score is made of. Lists are by segment, `prices` by end point (one more); None: unresolved.
+    """All that a score is made of. Lists are by segment, `prices` by end point (one more); None: unresolved,
+    and `unresolved` says why (a price is missing, or the two come from different sources).
 
     `densities` is the answer as it was sent. `segment_scores` are computed anew, `raw_score` to `score` are
     stored. `reason`: why there is no valid answer, or which part of the explanation is no longer there.
@@ -418,6 +419,7 @@ class PredictionDetail:
     densities: Any
     prices: list[tuple[EpochSeconds, float | None]]
     increments: list[float | None]
+    unresolved: list[str | None]
     segment_scores: list[float | None] | None
     raw_score: float | None
     counted: float | None

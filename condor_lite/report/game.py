@@ -344,6 +344,7 @@ def _prediction_detail(found: Explanation) -> PredictionDetail:
         densities=None if found.densities is None else orjson.Fragment(found.densities),
         prices=found.prices,
         increments=found.increments,
+        unresolved=found.unresolved,
         segment_scores=found.segment_scores,
         raw_score=answer.raw,
         counted=answer.counted,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from condor_lite.game.entities import Answer, AnswerStatus, Model, ModelInfo, Round, RoundStatus, Setting
+from condor_lite.game.outcome import Series
 from condor_lite.storage.compression import compress
 
 # Columns in the order of the records' fields.
@@ -82,17 +82,27 @@ def load_prices(
     return np.ascontiguousarray(rows["ts_s"]), np.ascontiguousarray(rows["price"])
 
 
-def load_sources(conn: sqlite3.Connection, asset: str, from_s: float, to_s: float) -> dict[int, str]:
-    """By `ts_s`, ascending, the source that gave each stored point with `from_s <= ts <= to_s`.
+def load_series(
+    conn: sqlite3.Connection, asset: str, from_s: float, to_s: float
+) -> tuple[Series, tuple[str, ...]]:
+    """The points with `from_s <= ts <= to_s`, and the names that their `source` numbers stand for.
 
-    A point filled in for a quiet time has the source of the point that proved it, so two points of the same
-    source stand for a move on one market.
+    A point filled in for a quiet time has the source of the point that proved it.
     """
-    rows = conn.execute(
-        "SELECT ts_s, source FROM price WHERE asset = ? AND ts_s BETWEEN ? AND ? ORDER BY ts_s",
-        (asset, from_s, to_s),
+    numbers: dict[str, int] = {}
+    rows = np.fromiter(
+        (
+            (ts_s, price, numbers.setdefault(source, len(numbers)))
+            for ts_s, price, source in conn.execute(
+                "SELECT ts_s, price, source FROM price "
+                "WHERE asset = ? AND ts_s BETWEEN ? AND ? ORDER BY ts_s",
+                (asset, from_s, to_s),
+            )
+        ),
+        dtype=[("ts_s", np.int64), ("price", np.float64), ("source", np.int16)],
     )
-    return {ts_s: sys.intern(source) for ts_s, source in rows}
+    columns = (np.ascontiguousarray(rows[name]) for name in ("ts_s", "price", "source"))
+    return Series(*columns), tuple(numbers)
 
 
 def revise_prices(
