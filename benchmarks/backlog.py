@@ -7,9 +7,7 @@ an answer after it was stored. The reference is parsing the same JSON once, in o
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from condor_lite.logs import configure
 from condor_lite.score import ScoreLoop
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
+from condor_lite.watchdog import spare_the_loop
 
 MODELS, ROUNDS, SEGMENTS = 100, 100, 60
 START_S = 1_700_002_800
@@ -73,8 +72,7 @@ async def _measure(payloads: list[bytes], workers: int, parsing_s: float) -> flo
             await _fill(db, payloads)
             clock = SteppedClock(START_S + (ROUNDS + SEGMENTS + 10) * 60)
             loop = ScoreLoop(config, clock, db, lambda _: None)
-            gc.freeze()  # this and the next as the program does once it has started
-            sys.setswitchinterval(0.001)
+            spare_the_loop()
             delays: list[float] = []
             beating = asyncio.create_task(_beat(delays))
             await asyncio.sleep(0.2)

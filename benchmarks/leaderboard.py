@@ -7,10 +7,8 @@ bodies that the API can serve is counted; the loop's delay is measured meanwhile
 from __future__ import annotations
 
 import asyncio
-import gc
 import sqlite3
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +27,7 @@ from condor_lite.scorer import Scorer
 from condor_lite.storage import repositories, scores
 from condor_lite.storage.calibration import add_calibration
 from condor_lite.storage.database import Database
+from condor_lite.watchdog import spare_the_loop
 
 MODELS, HOURS = 1000, 168
 NOW_S = 1_700_002_800 + 1800
@@ -84,8 +83,7 @@ async def _measure(hours: int) -> float:
             scorer = Scorer(
                 config, SteppedClock(NOW_S), db, pool, load_rule(rules.rule), version, boards.append
             )
-            gc.freeze()  # this and the next as the program does once it has started
-            sys.setswitchinterval(0.001)
+            spare_the_loop()
             delays: list[float] = []
             beating = asyncio.create_task(_beat(delays))
             started_s = time.perf_counter()

@@ -1,12 +1,14 @@
 """The predict loop in real time, against real gRPC servers in processes of their own.
 
-Every part runs in a fresh process. A round's time runs from the moment it opens to the commit of an answer.
+`python -m benchmarks.predict [part ...]` runs some of the parts; each has a fresh process. Its figures are
+ratios to a reference that takes turns with it: the client library's bare calls to the same fleet, or the same
+game's rounds without the disturbance. The fleet shares the machine's cores with the game.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,19 +44,20 @@ from condor_lite.storage import repositories
 from condor_lite.storage.compression import compress
 from condor_lite.storage.database import Database
 from condor_lite.storage.journal import Journal
+from condor_lite.watchdog import spare_the_loop
 from condor_lite.worker import ValidationItem
 from tests.fleet.process import FleetProcess
 
-HORIZON_S, STEP_S = 60, 1
+SEGMENTS = 60
 CONFIG = """
 [[game.settings]]
 assets = {assets}
-horizon = "60s"
-step = "1s"
+horizon = "{horizon}"
+step = "{tick}"
 interval = "{interval}"
 
 [feed]
-tick = "1s"
+tick = "{tick}"
 history = "{history}"
 
 [predict]
@@ -72,7 +75,7 @@ level = "error"
 """
 
 BEAT_S = 0.005
-TURNS = 4
+TURNS = 3
 HOSTILE = {
     "hanging": "hangs",
     "slow": "slow",
@@ -85,10 +88,12 @@ HOSTILE = {
 """Who the ten are, and how they behave: the process of some is stopped or killed."""
 
 
-def main() -> None:
-    """Run every part in turn."""
-    for part in PARTS:
-        subprocess.run([sys.executable, "-m", "benchmarks.predict", part], check=True)
+def main(parts: Sequence[str] = ()) -> None:
+    """Run the parts in turn; all where none is named."""
+    if unknown := [part for part in parts if part not in PARTS]:
+        sys.exit(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
+    for part in parts or PARTS:
+        subprocess.run([sys.executable, "-m", "benchmarks.predict", "run", part], check=True)
 
 
 class TimedJournal(Journal):
@@ -122,9 +127,6 @@ class Times:
     opened_s: float
     stored_s: dict[int, float] = field(default_factory=dict)
 
-    def all_s(self) -> float:
-        return max(self.stored_s.values()) - self.opened_s
-
 
 @dataclass
 class Game:
@@ -151,6 +153,10 @@ class Game:
         await self.journal.flushed()
         return list(self.journal.rounds.values())[first : first + count]
 
+    def spent_s(self, times: Times) -> float:
+        """From its prices at hand to its last answer on disk."""
+        return max(times.stored_s.values()) - self.prices_s[times.scheduled_at_s]
+
     def numbers(self, prefix: str) -> set[int]:
         known = self.predict.participants.items()
         return {one.model.model_no for model_id, one in known if model_id.startswith(prefix)}
@@ -158,14 +164,19 @@ class Game:
 
 @asynccontextmanager
 async def playing(
-    port: int, interval: str = "1s", history: str = "1h", assets: Sequence[str] = ("BTC",)
+    port: int,
+    interval_s: int = 1,
+    tick_s: int = 1,
+    history: str = "1h",
+    assets: Sequence[str] = ("BTC",),
 ) -> AsyncIterator[Game]:
     """A predict loop with all that it needs, in real time."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         path = folder / "config.toml"
         names = orjson.dumps(list(assets)).decode()
-        path.write_text(CONFIG.format(port=port, interval=interval, history=history, assets=names))
+        spans = {"interval": f"{interval_s}s", "tick": f"{tick_s}s", "horizon": f"{SEGMENTS * tick_s}s"}
+        path.write_text(CONFIG.format(port=port, history=history, assets=names, **spans))
         config = configuration.load(path, {})
         configure(config.log)
         db = await stack.enter_async_context(Database(config.storage.path))
@@ -178,8 +189,7 @@ async def playing(
         async with anyio.create_task_group() as tasks:
             for run in (journal.run, predict.fleet.run, feed.run, predict.run):
                 tasks.start_soon(run)
-            gc.collect()
-            gc.freeze()
+            spare_the_loop()
             yield Game(config, db, journal, predict, prices_s)
             await predict.finish(1.0)
             tasks.cancel_scope.cancel()
@@ -229,51 +239,73 @@ def row(name: str, figure: str, note: str = "") -> None:
 # -- latency -------------------------------------------------------------------------------------------------
 
 
-async def latency() -> None:
-    """From new prices at hand to the last commit, and the client library's bare calls in turn with it."""
-    models = 100
-    async with FleetProcess(models) as fleet, playing(fleet.port) as game, watched() as beats:
-        await game.connected(models)
-        bare = DynamicSubclassModelConcurrentRunner(
-            5, game.config.game.crunch_id, "127.0.0.1", fleet.port, game.config.game.base_class
-        )
-        await bare.init()
-        await game.next_rounds(2)
-        spent, reference = [], []
-        beats.delays_s.clear()
-        for _ in range(25):
-            (times,) = await game.next_rounds(1)
-            if len(times.stored_s) != models:
-                raise SystemExit(f"{len(times.stored_s)} of {models} answered")
-            at_hand_s = game.prices_s[times.scheduled_at_s]
-            spent.append(max(times.stored_s.values()) - at_hand_s)
-            reference.append(await _bare_calls(bare, models))
-        await asyncio.gather(*(one.close() for one in bare.model_cluster.models_run.values()))
-        await bare.model_cluster.ws_client.disconnect()
-        bare.model_cluster.ws_client.disconnect_sync = lambda: None
-    ours_s, theirs_s = statistics.median(spent), statistics.median(reference)
-    print(f"latency: {models} models, 60 segments: prices at hand -> tick, predict, committed; median of 25")
-    row("bare tick, bare predict", ms(theirs_s), "1.00 (reference; stores nothing)")
-    row("this game", ms(ours_s), f"{ours_s / theirs_s:.2f}   (target <= 1.2, and <= 60 ms); {beats}")
-
-
-async def _bare_calls(bare: DynamicSubclassModelConcurrentRunner, models: int) -> float:
-    points = orjson.dumps({"BTC": [[int(time.time()), 95_000.0]]})
-    started_s = time.perf_counter()
-    await bare.call("tick", ([_argument(1, VariantType.JSON, points)], []))
+@asynccontextmanager
+async def bare_client(game: Game, port: int) -> AsyncIterator[Bare]:
+    """The client library alone, connected to the same models as the game."""
+    setting = game.config.game.settings[0]
+    client = DynamicSubclassModelConcurrentRunner(
+        5, game.config.game.crunch_id, "127.0.0.1", port, game.config.game.base_class
+    )
+    await client.init()
     predict = [
-        _argument(1, VariantType.STRING, b"BTC"),
-        _argument(2, VariantType.INT, HORIZON_S.to_bytes(8, "little")),
-        _argument(3, VariantType.INT, STEP_S.to_bytes(8, "little")),
+        _argument(1, VariantType.STRING, setting.asset.encode()),
+        _argument(2, VariantType.INT, setting.horizon_s.to_bytes(8, "little")),
+        _argument(3, VariantType.INT, setting.step_s.to_bytes(8, "little")),
     ]
-    results = await bare.call("predict", (predict, []))
-    spent_s = time.perf_counter() - started_s
-    assert len(results) == models
-    return spent_s
+
+    async def calls() -> float:
+        points = orjson.dumps({setting.asset: [[int(time.time()), 95_000.0]]})
+        started_s = time.perf_counter()
+        await client.call("tick", ([_argument(1, VariantType.JSON, points)], []))
+        results = await client.call("predict", (predict, []))
+        spent_s = time.perf_counter() - started_s
+        if len(results) != len(client.model_cluster.models_run):
+            raise SystemExit(f"{len(results)} of {len(client.model_cluster.models_run)} answered the client")
+        return spent_s
+
+    try:
+        yield calls
+    finally:
+        await asyncio.gather(*(one.close() for one in client.model_cluster.models_run.values()))
+        await client.model_cluster.ws_client.disconnect()
+        client.model_cluster.ws_client.disconnect_sync = lambda: None
+
+
+Bare = Callable[[], Awaitable[float]]
+"""Ticks and asks all models, and returns how long that took."""
 
 
 def _argument(position: int, kind: Any, value: bytes) -> Argument:
     return Argument(position=position, data=Variant(type=kind, value=value))
+
+
+async def _beside_bare(game: Game, port: int, rounds: int) -> tuple[list[Times], float, Beats]:
+    """Rounds, in turns with bare calls: their median time, and the loop's delay in the rounds only."""
+    held, reference, beats = [], [], Beats()
+    async with bare_client(game, port) as bare:
+        await game.next_rounds(2)
+        for _ in range(rounds):
+            async with watched(beats):
+                held += await game.next_rounds(1)
+            reference.append(await bare())
+    return held, statistics.median(reference), beats
+
+
+# -- latency -------------------------------------------------------------------------------------------------
+
+
+async def latency() -> None:
+    """From new prices at hand to the last commit, and the client library's bare calls in turn with it."""
+    models = 100
+    async with FleetProcess(models) as fleet, playing(fleet.port) as game:
+        await game.connected(models)
+        rounds, theirs_s, beats = await _beside_bare(game, fleet.port, 20)
+        ours_s = statistics.median(map(game.spent_s, rounds))
+    lost = sum(models - len(times.stored_s) for times in rounds)
+    print(f"latency: {models} models, 60 segments: prices at hand -> tick, predict, committed; median of 20")
+    row("bare tick, bare predict", ms(theirs_s), "1.00 (reference; stores nothing)")
+    note = f"(target <= 1.2, and <= 60 ms); {lost} lost; {beats}"
+    row("this game", ms(ours_s), f"{ours_s / theirs_s:.2f}   {note}")
 
 
 # -- isolation -----------------------------------------------------------------------------------------------
@@ -339,46 +371,44 @@ def _compare(
 # -- scale ---------------------------------------------------------------------------------------------------
 
 
-async def scale(models: int) -> None:
-    """10, 100 and 1,000 models, each in a process of its own."""
-    if models == 10:
-        print("scale: prices at hand -> all answers committed, median of 8 rounds")
-    async with FleetProcess(models) as fleet, playing(fleet.port, interval="2s") as game:
-        await asyncio.sleep(0.5)
-        process, before = psutil.Process(), 0
-        before = process.memory_info().rss if models > 10 else 0
-        await game.connected(models)
-        await game.next_rounds(2)
-        async with watched() as beats:
-            rounds = await game.next_rounds(8)
-        rss = process.memory_info().rss
-        lost = sum(models - len(times.stored_s) for times in rounds)
-        spent = statistics.median(
-            max(times.stored_s.values()) - game.prices_s[times.scheduled_at_s] for times in rounds
-        )
-        late_s = max(times.opened_s - times.scheduled_at_s for times in rounds)
-        memory = f"{(rss - before) / models / 1000:.0f} kB a model" if before else f"{rss / 2**20:.0f} MiB"
-    note = f"{1e6 * spent / models:.0f} us a model; {beats}; opened at most {ms(late_s)} late; {lost} lost"
-    row(f"{models} models", ms(spent), f"{note}; {memory}")
+async def scale() -> None:
+    """10, 100 and 1,000 models."""
+    print("scale: prices at hand -> all answers committed, median; to the bare client's tick and predict")
+    process, costs_s = psutil.Process(), {}
+    for models, interval_s, rounds in ((10, 1, 8), (100, 1, 8), (1000, 4, 7)):
+        async with FleetProcess(models) as fleet, playing(fleet.port, interval_s, interval_s) as game:
+            before = process.memory_info().rss
+            await game.connected(models)
+            await game.next_rounds(1)
+            memory = (process.memory_info().rss - before) / models / 1000
+            held, bare_s, beats = await _beside_bare(game, fleet.port, rounds)
+            spent_s = statistics.median(map(game.spent_s, held))
+        lost = sum(models - len(times.stored_s) for times in held)
+        late_s = max(times.opened_s - times.scheduled_at_s for times in held)
+        costs_s[models] = spent_s / models
+        note = f"{spent_s / bare_s:.2f}   (bare {ms(bare_s)}); {1e6 * costs_s[models]:.0f} us a model"
+        row(f"{models} models", ms(spent_s), f"{note}; {lost} lost; {memory:.0f} kB a model")
+        row("", "", f"{beats}; opened at most {ms(late_s)} late")
+    row("a model of 1,000 to one of 100", f"{costs_s[1000] / costs_s[100]:.2f}", "(target: linear)")
 
 
 # -- newcomers -----------------------------------------------------------------------------------------------
 
 
 async def newcomers() -> None:
-    """Twenty at once, four times, with a month of four assets' history."""
+    """Twenty at once, three times, with a month of four assets' history."""
     print("newcomers: 20 at once with 30 days of 4 assets; the 100 others' answers, with / without")
     assets = ("BTC", "ETH", "SOL", "XAU")
     async with (
         FleetProcess(100) as fleet,
         FleetProcess(0) as others,
-        playing(fleet.port, "4s", "30d", assets) as game,  # a round a second
+        playing(fleet.port, 4, 1, "30d", assets) as game,  # a round a second
     ):
         await game.connected(100)
         healthy = game.numbers("well")
         await game.next_rounds(4)
         beside, alone, beats = [], [], Beats()
-        for turn in range(4):
+        for turn in range(TURNS):
             alone += await game.next_rounds(3)
             joined = await others.do("join", models=20, behaviour="well", prefix=f"new{turn}-")
             async with watched(beats):
@@ -395,7 +425,7 @@ async def newcomers() -> None:
 
 async def load() -> None:
     """The pool busy without end, and 64 connections that ask for the leaderboard without a pause."""
-    async with FleetProcess(100) as fleet, playing(fleet.port, "2s") as game:
+    async with FleetProcess(100) as fleet, playing(fleet.port) as game:
         live = Live(
             config=game.config,
             clock=GameClock(),
@@ -462,22 +492,20 @@ async def hammer(port: int) -> None:
 PARTS: dict[str, Callable[[], Awaitable[None]]] = {
     "latency": latency,
     "isolation": isolation,
-    "scale-10": partial(scale, 10),
-    "scale-100": partial(scale, 100),
-    "scale-1000": partial(scale, 1000),
+    "scale": scale,
     "newcomers": newcomers,
     "load": load,
 }
 
 if __name__ == "__main__":
-    name, *rest = sys.argv[1:]
-    if name == "hammer":
-        import signal
-
-        runner = asyncio.Runner()
-        runner.get_loop().add_signal_handler(
-            signal.SIGTERM, lambda: [task.cancel() for task in asyncio.all_tasks(runner.get_loop())]
-        )
-        runner.run(hammer(int(rest[0])))
-    else:
-        asyncio.run(PARTS[name]())
+    match sys.argv[1:]:
+        case ["hammer", port]:
+            runner = asyncio.Runner()
+            runner.get_loop().add_signal_handler(
+                signal.SIGTERM, lambda: [task.cancel() for task in asyncio.all_tasks(runner.get_loop())]
+            )
+            runner.run(hammer(int(port)))
+        case ["run", part]:
+            asyncio.run(PARTS[part]())
+        case parts:
+            main(parts)

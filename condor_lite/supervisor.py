@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import socket as socket_module
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Set
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -35,14 +33,13 @@ from condor_lite.score import ScoreLoop
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
 from condor_lite.storage.journal import Journal
-from condor_lite.watchdog import Watchdog
+from condor_lite.watchdog import Watchdog, spare_the_loop
 
 log = structlog.get_logger()
 
 _RESTART_FIRST_S = 1.0
 _RESTART_MOST_S = 60.0
 _HEALTHY_AFTER_S = 60.0
-_SWITCH_S = 0.001  # how long a thread computes before the event loop gets its turn; Python's own 5 ms add up
 _STORE_WAIT_S = 3.0
 
 
@@ -274,9 +271,7 @@ async def _start(
         tasks.start_soon(service.serve, name=service.name)
     game.services = [*started[:3], *models, *started[3:]]  # in the order in which they are stopped
     _announce(config, source, game.web.url)
-    gc.collect()
-    gc.freeze()  # a full collection of what start-up made would hold the loop 25 to 44 ms
-    sys.setswitchinterval(_SWITCH_S)
+    spare_the_loop()
     return game
 
 
