@@ -153,7 +153,7 @@ class WebSource:
             points += [
                 (open_s + CANDLE_S, close)
                 for open_s, close in self._read(symbol, reply)
-                if close is not None and after_s < open_s + CANDLE_S <= known_s
+                if close is not None and first_s <= open_s <= last_s and open_s + CANDLE_S <= known_s
             ]
         return points
 
@@ -170,7 +170,7 @@ class WebSource:
         try:
             return list(self.candles(reply.body))
         except msgspec.ValidationError as error:
-            raise SourceError(f"{self}: {symbol}: a row is not what it should be: {error}") from error
+            raise SourceError(f"{self}: {symbol}: the answer is not what it should be: {error}") from error
         except msgspec.DecodeError as error:
             raise SourceError(f"{self}: {symbol}: the answer is no JSON, or cut short: {error}") from error
 
