@@ -21,7 +21,11 @@ from condor_lite.errors import ConfigError, StorageError
 from condor_lite.game.scoring import RuleError, load_rule
 from condor_lite.models.folder import ModelFolder, scan
 from condor_lite.models.security import load_credentials
+from condor_lite.prices.online import refusal
 from condor_lite.prices.replay import ReplaySource
+from condor_lite.prices.source import Source, UnknownAsset
+from condor_lite.prices.sources import live_source
+from condor_lite.prices.web import WebSource
 from condor_lite.storage.connection import checked_version, opening, require_sqlite, uri
 from condor_lite.storage.lock import lock_holder
 
@@ -35,14 +39,15 @@ _CONNECT_S = 3.0
 def check(config: Config) -> list[str]:
     """All problems: those of `obstacles`, and those with which the game starts but not as its host means.
 
-    Reads the models' code and recorded prices, runs none of it (only a host's own scoring rule is imported),
-    starts nothing, and leaves nothing behind.
+    Reads the models' code and recorded prices, runs none of it (but for a host's own scoring rule and
+    feed), starts nothing, and leaves nothing behind.
     """
     return [
         *obstacles(config),
         *_low_disk(config),
         *_orchestrator(config),
         *_recording(config),
+        *_live(config),
         *_models(config),
     ]
 
@@ -176,6 +181,30 @@ def _recording(config: Config) -> Iterator[str]:
                 source.check_start(config.game.start_s)
         except ConfigError as error:
             yield from error.problems
+
+
+def _live(config: Config) -> Iterator[str]:
+    if config.feed.simulated:
+        return
+    try:
+        sources = [live_source(name, config.feed) for name in config.feed.source]
+    except ConfigError as error:
+        yield from error.problems
+        return
+    for asset in config.game.assets:
+        refusals = [said for source in sources if (said := _refusal(source, asset))]
+        if len(refusals) == len(sources):
+            yield from refusals
+
+
+def _refusal(source: Source, asset: str) -> str | None:
+    """Why a source can't have an asset, as far as can be told without asking it."""
+    if isinstance(source, WebSource):
+        try:
+            source.symbol(asset)
+        except UnknownAsset as error:
+            return f"{asset}: {refusal(error)}"
+    return None
 
 
 def _models(config: Config) -> Iterator[str]:

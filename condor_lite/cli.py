@@ -33,8 +33,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--config", type=Path, metavar="FILE", help="the configuration (default: ./config.toml)")
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
     verbs.add_parser("run", help="run the game (the default)")
-    verbs.add_parser(
+    check = verbs.add_parser(
         "check", help="check the configuration and the environment, reporting every problem at once"
+    )
+    check.add_argument(
+        "--online",
+        action="store_true",
+        help="also ask each source in feed.source for a recent price of each asset; show it with its age",
     )
     init = verbs.add_parser(
         "init", help="write a new challenge: a config, a model, a README for participants"
@@ -199,13 +204,37 @@ def _check(arguments: argparse.Namespace) -> int:
     from condor_lite.check import check
 
     config = _config(arguments)
-    if problems := check(config):
+    problems = check(config)
+    if arguments.online:
+        problems = list(dict.fromkeys([*problems, *_online(config)]))
+    if problems:
         _complain("problems:", *(f"  {problem}" for problem in problems))
         return EXIT_BAD_START
     count = len(config.game.settings)
     asked = f"{count} {'setting' if count == 1 else 'settings'} on {', '.join(config.game.assets)}"
     print(f"all good: {config.game.name}, {asked}")
     return 0
+
+
+def _online(config: Config) -> list[str]:
+    import asyncio
+    import time
+
+    from condor_lite.prices import online
+    from condor_lite.prices.feed import make_source
+    from condor_lite.prices.sources import live_source
+
+    feed = config.feed
+    try:
+        if feed.simulated:
+            sources = [make_source(config)]
+        else:
+            sources = [live_source(name, feed) for name in feed.source]
+    except ConfigError:
+        return []  # `check` has told
+    looks, notes = asyncio.run(online.look(sources, config.game.assets, feed.tick_s, time.time))
+    print("\n".join(online.lines(looks)))
+    return [*online.problems(looks), *notes]
 
 
 def _init(arguments: argparse.Namespace) -> int:

@@ -1,13 +1,16 @@
 """What `check` finds in the environment, and that it leaves nothing behind."""
 
+import asyncio
+import os
 import resource
 import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from condor_lite.config import Config, load
 from condor_lite.storage.connection import BUSY_TIMEOUT_S, connect_writer
 from condor_lite.storage.lock import GameLock
 from condor_lite.storage.schema import MIGRATIONS
+from tests.price_server import Fault, PriceServer
 
 CONFIG = """
 [[game.settings]]
@@ -303,3 +307,120 @@ def test_everything_wrong_comes_at_once(
         read(REPORT__PORT=taken_port, STORAGE__PATH="config.toml/x.db", GAME__BASE_CLASS="nowhere.Base")
     )
     assert len(found) == 4
+
+
+# -- live feeds ----------------------------------------------------------------------------------------------
+
+
+def test_a_live_feed_that_can_not_work_is_told_without_asking_it(read: Callable[..., Config]) -> None:
+    assert check(read(FEED__SOURCE="coinbase")) == []
+    (problem,) = check(read(FEED__SOURCE="pyth"))
+    assert problem.startswith("feed.api_key: must be set")
+    assert check(read(FEED__SOURCE="pyth", FEED__API_KEY="k")) == []
+    (problem,) = check(read(FEED__SOURCE="coinbase", FEED__TICK="30s"))
+    assert problem.startswith('feed.tick = "30s": coinbase gives one price a minute')
+    (problem,) = check(read(FEED__SOURCE="no_such_module:feed"))
+    assert "there is no module no_such_module" in problem
+
+
+def test_an_asset_that_no_source_has_is_told(
+    read: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(CONFIG.replace('["BTC"]', '["BTC", "XAU"]'))
+    (problem,) = check(read(FEED__SOURCE="coinbase"))
+    assert problem.startswith("XAU: coinbase has no symbol for XAU, unless [feed.symbols] names one: ")
+    assert check(read(FEED__SOURCE='["coinbase", "crunchdao"]')) == []
+    assert len(check(read(FEED__SOURCE='["coinbase", "binance"]'))) == 2
+    config.write_text(config.read_text() + '[feed.symbols]\nXAU = "PAXG-USD"\n')
+    assert check(read(FEED__SOURCE="coinbase")) == []
+
+
+@pytest.fixture
+async def price_server() -> AsyncIterator[PriceServer]:
+    async with PriceServer() as server:
+        yield server
+
+
+async def ask(folder: Path, **environ: str) -> tuple[int, str, str]:
+    """`check --online` in `folder`: its exit code, output and complaints."""
+    ports = {"CONDOR_LITE__REPORT__PORT": "0", "CONDOR_LITE__ORCHESTRATOR__PORT": "0"}
+    overrides = {f"CONDOR_LITE__{name}": value for name, value in environ.items()}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "condor_lite", "check", "--online"),
+        cwd=folder,
+        env={**os.environ, **ports, **overrides},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    said, complaints = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, said.decode(), complaints.decode()
+
+
+@pytest.mark.anyio
+async def test_online_it_shows_a_price_and_its_age(
+    read: Callable[..., Config], tmp_path: Path, price_server: PriceServer
+) -> None:
+    code, said, complaints = await ask(tmp_path, FEED__SOURCE="coinbase", FEED__BASE_URL=price_server.url)
+    assert (code, complaints) == (0, "")
+    heading, line, end = said.splitlines()
+    assert heading.split() == ["asset", "source", "price", "age"]
+    asset, source, price, age, unit = line.split()
+    assert (asset, source, unit) == ("BTC", "coinbase", "s")
+    assert 90_000 < float(price) < 100_000
+    assert 0 <= int(age) < 120
+    assert end.startswith("all good")
+
+
+@pytest.mark.anyio
+async def test_online_each_asset_that_fails_gets_its_line(tmp_path: Path, price_server: PriceServer) -> None:
+    config = CONFIG.replace('["BTC"]', '["BTC", "ETH", "SOL", "DOGE", "XAU"]')
+    symbols = '[feed.symbols]\nSOL = "SOL-USB"\nDOGE = "DOGE-USD"\nXAU = "PAXG-USD"\n'
+    (tmp_path / "config.toml").write_text(config + symbols)
+    price_server.silent = lambda symbol, open_s: symbol == "ETH-USD"
+    price_server.closes = {("DOGE-USD", int(time.time()) // 60 * 60 - 60 * k): "much" for k in range(60)}
+    price_server.now = lambda: time.time() + 3600
+    code, said, complaints = await ask(tmp_path, FEED__SOURCE="coinbase", FEED__BASE_URL=price_server.url)
+    assert code == 2
+    assert [line.split()[:3] for line in said.splitlines()[1:]] == [
+        ["BTC", "coinbase", said.splitlines()[1].split()[2]],
+        *([asset, "coinbase", "none"] for asset in ("ETH", "SOL", "DOGE")),
+        ["XAU", "coinbase", said.splitlines()[5].split()[2]],
+    ]
+    first, eth, sol, doge, clock = complaints.splitlines()
+    assert first == "condor-lite: problems:"
+    assert eth == "  ETH: no price in the last hour; is its market closed?"
+    assert sol.startswith("  SOL: coinbase at ")
+    assert sol.endswith('does not know "SOL-USB" for SOL: set SOL under [feed.symbols]; it has SOL-USD')
+    assert "DOGE-USD: the answer is not what it should be" in doge
+    assert clock == "  this machine's clock is 3600 s behind that of coinbase: set it by NTP"
+
+
+@pytest.mark.anyio
+async def test_online_a_fallback_may_lack_an_asset_but_must_answer(
+    tmp_path: Path, price_server: PriceServer
+) -> None:
+    (tmp_path / "config.toml").write_text(CONFIG.replace('["BTC"]', '["BTC", "XAU"]'))
+    sources = {"FEED__SOURCE": '["crunchdao", "kraken"]', "FEED__BASE_URL": price_server.url}
+    code, said, complaints = await ask(tmp_path, **sources)
+    assert (code, complaints) == (0, "")
+    assert [line.split()[:2] for line in said.splitlines()[1:5]] == [
+        *(["BTC", "crunchdao"], ["BTC", "kraken"]),
+        *(["XAU", "crunchdao"], ["XAU", "kraken"]),
+    ]
+    price_server.outage = Fault(451)
+    code, _, complaints = await ask(tmp_path, **sources)
+    assert code == 2
+    assert complaints.count("is blocked in your country") == 3
+
+
+@pytest.mark.anyio
+async def test_online_a_simulation_says_that_it_is_one(read: Callable[..., Config], tmp_path: Path) -> None:
+    code, said, _ = await ask(tmp_path)
+    assert (code, said.splitlines()[1].split()[:3]) == (0, ["BTC", "synthetic", "(simulated)"])
+    (tmp_path / "BTC.csv").write_text(
+        "timestamp,close\n" + "".join(f"{60 * k},{100 + k}\n" for k in range(1, 99))
+    )
+    code, said, _ = await ask(tmp_path, FEED__SOURCE="replay", FEED__PATH=".", FEED__HISTORY="10m")
+    assert (code, said.splitlines()[1].split()[:4]) == (0, ["BTC", "replay", "(simulated)", "198"])

@@ -395,7 +395,7 @@ async def test_every_source_has_the_assets_of_the_game_as_far_as_it_trades_them(
 async def test_gold_is_not_silently_a_token_of_it(server: PriceServer, name: str, stand_in: str) -> None:
     source = make(name, server)
     with pytest.raises(
-        UnknownAsset, match=f'{name} has no symbol for XAU .*only a token of it: XAU = "{stand_in}"'
+        UnknownAsset, match=f'{name} has no symbol for XAU, .*only a token of it: XAU = "{stand_in}"'
     ):
         await source.fetch("XAU", MINUTE_S - 60, MINUTE_S, 60)
     assert not server.requests
@@ -524,7 +524,7 @@ async def test_the_own_feed_of_the_readme_works(
     source = live_source(
         own(monkeypatch, tmp_path, code, "own_prices:source"), replace(FEED, base_url=f"{server.url}/own")
     )
-    assert (source.name, source.simulated) == ("own_prices", False)
+    assert (source.name, source.simulated) == ("my_prices", False)
     assert await source.fetch("BTC", MINUTE_S - 600, MINUTE_S, 60) == expected(
         "BTC", MINUTE_S - 600, MINUTE_S
     )

@@ -24,6 +24,7 @@ from condor_lite.prices.book import PriceBook
 from condor_lite.prices.grid import QUIET_S, Point, Span, missing_head, missing_tail, on_grid
 from condor_lite.prices.replay import ReplaySource
 from condor_lite.prices.source import Source
+from condor_lite.prices.sources import live_source
 from condor_lite.prices.synthetic import SyntheticSource
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
@@ -51,9 +52,7 @@ def make_source(config: Config) -> Source:
         if config.game.start_s is not None:
             source.check_start(config.game.start_s)
         return source
-    raise ConfigError(
-        [f'feed.source = "{feed.source[0]}": not available in this version; use "synthetic" or "replay"']
-    )
+    return live_source(feed.source[0], feed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ class WebSource:
             else:
                 hint = f'say what it is called there, {asset} = "..."'
             raise UnknownAsset(
-                f"{self.name} has no symbol for {asset} unless [feed.symbols] names one: {hint}",
+                f"{self.name} has no symbol for {asset}, unless [feed.symbols] names one: {hint}",
                 offers=tuple(self.symbols.values()),
             ) from None
 
@@ -184,7 +184,7 @@ class WebSource:
             except (SourceError, msgspec.DecodeError):
                 pass  # what is wrong is clear without them
         raise UnknownAsset(
-            f'{self} does not know "{symbol}" for {asset}: set {asset} under [feed.symbols] to what it has',
+            f'{self} does not know "{symbol}" for {asset}: set {asset} under [feed.symbols]',
             offers=offers or tuple(self.symbols.values()),
         )
 
@@ -280,7 +280,7 @@ def near(asset: str, symbol: str, offered: Iterable[str]) -> list[str]:
     """The few of `offered` that may be meant: those that begin with the asset's name, then similar ones."""
     names = sorted(set(offered), key=lambda name: (len(name), name))
     of_asset = [name for name in names if name.upper().startswith(asset.upper())]
-    similar = get_close_matches(symbol, names, n=_OFFERS, cutoff=0.5)
+    similar = get_close_matches(symbol, names, n=_OFFERS, cutoff=0.7)
     return list(dict.fromkeys([*of_asset[:_OFFERS], *similar]))[:_OFFERS]
 
 
