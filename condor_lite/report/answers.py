@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
+
+from condor_lite.game.entities import AnswerStatus, RoundStatus, Window
 
 Moment = Annotated[
     str, Meta(description="ISO 8601, UTC, with Z", extra_json_schema={"format": "date-time"}, max_length=32)
@@ -21,6 +23,8 @@ NaiveMoment = Annotated[
         pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d$",
     ),
 ]
+Format = Annotated[str, Meta(pattern=r"^(percentage|integer|compact|number|decimal-\d+)$")]
+Running = Literal["RUNNING", "STOPPED"]
 EpochSeconds = Annotated[int, Meta(description="epoch seconds, UTC")]
 
 
@@ -78,7 +82,7 @@ class LeaderboardRow:
     score_recent: float | None
     score_steady: float | None
     score_anchor: float | None
-    status: str
+    status: Running
     cruncher_id: str
     benchmark: bool
     joined_at: Moment
@@ -141,7 +145,7 @@ class PredictionRow:
     scored_at: NaiveMoment | None
     performed_at: NaiveMoment
     round_id: str
-    status: str
+    status: AnswerStatus
     raw_score: float | None
     exec_time_us: int
     scorer_version: int | None
@@ -176,31 +180,84 @@ class FeedPointRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelCell:
+    """A column that shows a model with a mark for its status."""
+
+    statusProperty: str  # noqa: N815
+    type: Literal["model"] = "model"
+
+
+@dataclass(frozen=True, slots=True)
 class Column:
     id: int
-    type: str
+    type: Literal["PROJECT", "USERNAME", "VALUE"]
     property: str
-    format: str | None
+    format: Format | None
     displayName: str  # noqa: N815
     tooltip: str | None
-    nativeConfiguration: dict[str, Any] | None  # noqa: N815
+    nativeConfiguration: ModelCell | None  # noqa: N815
     order: int
+
+
+@dataclass(frozen=True, slots=True)
+class XAxis:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    name: str
+    label: str
+    color: str
+
+
+@dataclass(frozen=True, slots=True)
+class YAxis:
+    series: list[Series]
+    format: Format | None
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """A mark at rows whose `field` is true."""
+
+    field: str
+    reasonField: str  # noqa: N815
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    label: str
+    property: str
+    autoSelectFirst: bool  # noqa: N815
+    type: Literal["select"] = "select"
+
+
+@dataclass(frozen=True, slots=True)
+class LineChart:
+    xAxis: XAxis  # noqa: N815
+    yAxis: YAxis  # noqa: N815
+    groupByProperty: str  # noqa: N815
+    alertConfig: Alert | None  # noqa: N815
+    filterConfig: list[Filter]  # noqa: N815
+    displayEvolution: bool  # noqa: N815
+    type: Literal["line"] = "line"
 
 
 @dataclass(frozen=True, slots=True)
 class Widget:
-    id: int
-    type: str
+    id: Annotated[int, Meta(ge=50)]
+    type: Literal["CHART"]
     displayName: str  # noqa: N815
     tooltip: str | None
     order: int
     endpointUrl: str  # noqa: N815
-    nativeConfiguration: dict[str, Any]  # noqa: N815
+    nativeConfiguration: LineChart  # noqa: N815
 
 
 @dataclass(frozen=True, slots=True)
 class ReportSchema:
-    schema_version: str
+    schema_version: Literal["1"]
     leaderboard_columns: list[Column]
     metrics_widgets: list[Widget]
 
@@ -225,7 +282,7 @@ class WindowLeaderboard:
     count.
     """
 
-    window: str
+    window: Window
     count: int
     models: list[RankedModel]
     scorer_version: int | None
@@ -247,8 +304,8 @@ class RecentPrediction:
     horizon: int
     step: int
     scheduled_at: Moment
-    round_status: str
-    status: str
+    round_status: RoundStatus
+    status: AnswerStatus
     detail: str | None
     exec_time_us: int
     raw_score: float | None
@@ -301,7 +358,7 @@ class ModelMetrics:
     cruncher_name: str
     deployment_id: str
     benchmark: bool
-    status: str
+    status: Running
     joined_at: Moment
     last_seen_at: Moment
     rank: int | None
@@ -352,7 +409,7 @@ class RoundRow:
     scheduled_at: Moment
     performed_at: Moment | None
     resolvable_at: Moment
-    status: str
+    status: RoundStatus
     reason: str | None
     answered: int
     failed: int
@@ -364,7 +421,7 @@ class RoundRow:
 class RoundPrediction:
     model_id: str
     model_name: str
-    status: str
+    status: AnswerStatus
     detail: str | None
     exec_time_us: int | None
     received_at: Moment | None
@@ -383,7 +440,7 @@ class RoundDetail:
     scheduled_at: Moment
     performed_at: Moment | None
     resolvable_at: Moment
-    status: str
+    status: RoundStatus
     reason: str | None
     answered: int
     failed: int
@@ -409,7 +466,7 @@ class PredictionDetail:
     round_id: str
     model_id: str
     model_name: str
-    status: str
+    status: AnswerStatus
     reason: str | None
     rule: str
     target: str
@@ -433,14 +490,14 @@ class PredictionDetail:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    status: str
+    status: Literal["ok"]
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
     """`problems`: what is not as it should be, in words."""
 
-    status: str
+    status: Literal["ready"]
     problems: list[str]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -23,58 +25,54 @@ from condor_lite.report import answers, game, hub, ops, pages, params
 from condor_lite.report.context import Context, NotFound
 from condor_lite.report.failures import failure, prefers_html
 from condor_lite.report.live import Live
+from condor_lite.report.openapi import Endpoint, document
 from condor_lite.report.params import BadParameter, NoParams
-from condor_lite.report.replies import Reply, respond
+from condor_lite.report.replies import Reply, pack, respond
 from condor_lite.storage.database import Readers
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """`answer`: the type of the body of a 200, `params`: the dataclass of its parameters."""
-
-    path: str
-    handler: Callable[[Context, Any], Awaitable[Reply]]
-    params: type
-    answer: Any
-    failures: tuple[int, ...] = ()
+async def openapi(context: Context, sent: NoParams) -> Reply:
+    """This description of the API, as OpenAPI 3.1."""
+    return await context.remembered("openapi", math.inf, partial(_describe, context))
 
 
 ENDPOINTS: tuple[Endpoint, ...] = (
-    Endpoint("/reports/models", hub.models, NoParams, list[answers.ModelRow]),
-    Endpoint("/reports/leaderboard", hub.leaderboard, NoParams, list[answers.LeaderboardRow]),
-    Endpoint("/reports/models/global", hub.snapshots, hub.SnapshotParams, list[answers.SnapshotRow], (400,)),
+    Endpoint("/reports/models", hub.models, NoParams, list[answers.ModelRow], "hub"),
+    Endpoint("/reports/leaderboard", hub.leaderboard, NoParams, list[answers.LeaderboardRow], "hub"),
+    Endpoint("/reports/models/global", hub.snapshots, hub.SnapshotParams, list[answers.SnapshotRow], "hub"),
     Endpoint(
         "/reports/models/params",
         hub.setting_snapshots,
         hub.SnapshotParams,
         list[answers.SettingSnapshotRow],
-        (400,),
+        "hub",
     ),
     Endpoint(
-        "/reports/predictions", hub.predictions, hub.PredictionsParams, list[answers.PredictionRow], (400,)
+        "/reports/predictions", hub.predictions, hub.PredictionsParams, list[answers.PredictionRow], "hub"
     ),
-    Endpoint("/reports/schema", hub.schema, NoParams, answers.ReportSchema),
-    Endpoint("/reports/feeds", hub.feeds, NoParams, list[answers.FeedRow]),
-    Endpoint("/reports/feeds/tail", hub.feed_tail, hub.TailParams, list[answers.FeedPointRow], (400,)),
-    Endpoint("/leaderboard", game.leaderboard, game.LeaderboardParams, answers.WindowLeaderboard, (400,)),
+    Endpoint("/reports/schema", hub.schema, NoParams, answers.ReportSchema, "hub"),
+    Endpoint("/reports/feeds", hub.feeds, NoParams, list[answers.FeedRow], "hub"),
+    Endpoint("/reports/feeds/tail", hub.feed_tail, hub.TailParams, list[answers.FeedPointRow], "hub"),
+    Endpoint("/leaderboard", game.leaderboard, game.LeaderboardParams, answers.WindowLeaderboard, "game"),
     Endpoint(
-        "/model/{model_id:path}/metrics", game.model_metrics, game.ModelParams, answers.ModelMetrics, (404,)
+        "/model/{model_id:path}/metrics", game.model_metrics, game.ModelParams, answers.ModelMetrics, "game"
     ),
-    Endpoint("/statistics", game.statistics, NoParams, answers.Statistics),
-    Endpoint("/rounds", game.rounds, game.RoundsParams, list[answers.RoundRow], (400,)),
+    Endpoint("/statistics", game.statistics, NoParams, answers.Statistics, "game"),
+    Endpoint("/rounds", game.rounds, game.RoundsParams, list[answers.RoundRow], "game"),
     Endpoint(
         "/rounds/{round_id}/predictions/{model_id:path}",
         game.prediction_detail,
         game.PredictionParams,
         answers.PredictionDetail,
-        (404,),
+        "game",
     ),
-    Endpoint("/rounds/{round_id}", game.round_detail, game.RoundParams, answers.RoundDetail, (404,)),
-    Endpoint("/healthz", ops.healthz, NoParams, answers.Health),
-    Endpoint("/readyz", ops.readyz, NoParams, answers.Readiness, (503,)),
-    Endpoint("/version", ops.version, NoParams, answers.Version),
+    Endpoint("/rounds/{round_id}", game.round_detail, game.RoundParams, answers.RoundDetail, "game"),
+    Endpoint("/healthz", ops.healthz, NoParams, answers.Health, "operations"),
+    Endpoint("/readyz", ops.readyz, NoParams, answers.Readiness, "operations", {503: answers.NotReady}),
+    Endpoint("/version", ops.version, NoParams, answers.Version, "operations"),
+    Endpoint("/openapi.json", openapi, NoParams, dict[str, Any], "operations"),
 )
 
 
@@ -89,6 +87,7 @@ class Page:
 
 PAGES: tuple[Page, ...] = (Page("/", pages.leaderboard, game.LeaderboardParams),)
 
+_DESCRIBED_FOR_S = 60
 _METHODS = ("GET", "HEAD")
 _EXPLAINED = {
     404: ("not found", "there is nothing at this address; the leaderboard is at /leaderboard"),
@@ -116,11 +115,13 @@ def create_app(live: Live, readers: Readers) -> Starlette:
         for path in dict.fromkeys((*endpoints, *by_path))
     ]
     routes.append(Mount("/static", StaticFiles(packages=[("condor_lite.report", "static")])))
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[Middleware(_Cors, live)] if live.config.report.cors_origins else [],
         exception_handlers={HTTPException: http_failure, Exception: fault},
     )
+    app.router.redirect_slashes = False  # it would repeat the Host that a client sent
+    return app
 
 
 class _Cors(CORSMiddleware):
@@ -140,6 +141,11 @@ class _Cors(CORSMiddleware):
             return response
         detail = "only GET and HEAD from the origins in report.cors_origins may read this from other sites"
         return failure(self._live, "", 400, "not allowed", detail)
+
+
+async def _describe(context: Context) -> Reply:
+    title = context.live.config.game.name
+    return await context.in_thread(lambda: pack(document(ENDPOINTS, title), _DESCRIBED_FOR_S))
 
 
 def _serve(

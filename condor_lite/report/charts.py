@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from condor_lite.report.answers import Column, ReportSchema, Widget
+from condor_lite.report.answers import (
+    Alert,
+    Column,
+    Filter,
+    LineChart,
+    ModelCell,
+    ReportSchema,
+    Series,
+    Widget,
+    XAxis,
+    YAxis,
+)
+
+Kind = Literal["PROJECT", "USERNAME", "VALUE"]
 
 _WINDOWS = (
     ("score_anchor", "Anchor", "7 days", "#1f6feb"),
@@ -14,7 +27,7 @@ _WINDOWS = (
 _MEANING = "0 is the median model, higher is better; per cent of what “no move” would have scored"
 
 
-def _column(order: int, kind: str, name: str, title: str, **more: Any) -> Column:
+def _column(order: int, kind: Kind, name: str, title: str, **more: Any) -> Column:
     return Column(
         id=order + 1,
         type=kind,
@@ -28,35 +41,25 @@ def _column(order: int, kind: str, name: str, title: str, **more: Any) -> Column
 
 
 def _chart(
-    series: tuple[tuple[str, str, str], ...],
-    group_by: str,
-    filters: tuple[tuple[str, str], ...] = (),
-    alert: dict[str, str] | None = None,
-) -> dict[str, Any]:
-    return {
-        "type": "line",
-        "xAxis": {"name": "performed_at"},
-        "yAxis": {
-            "series": [{"name": name, "label": label, "color": color} for name, label, color in series],
-            "format": "decimal-1",
-        },
-        "groupByProperty": group_by,
-        "alertConfig": alert,
-        "filterConfig": [
-            {"type": "select", "label": label, "property": name, "autoSelectFirst": True}
-            for name, label in filters
-        ],
-        "displayEvolution": alert is None,
-    }
+    series: list[Series], group_by: str, filters: list[Filter] | None = None, alert: Alert | None = None
+) -> LineChart:
+    return LineChart(
+        xAxis=XAxis("performed_at"),
+        yAxis=YAxis(series, "decimal-1"),
+        groupByProperty=group_by,
+        alertConfig=alert,
+        filterConfig=filters or [],
+        displayEvolution=alert is None,
+    )
 
 
-_SERIES = tuple((name, label, color) for name, label, _, color in _WINDOWS)
-_BY_SETTING = (("asset", "Asset"), ("horizon", "Horizon"), ("step", "Step"))
+_SERIES = [Series(name, label, color) for name, label, _, color in _WINDOWS]
+_BY_SETTING = [Filter(label, label.lower(), autoSelectFirst=True) for label in ("Asset", "Horizon", "Step")]
 
 REPORT_SCHEMA = ReportSchema(
     schema_version="1",
     leaderboard_columns=[
-        _column(0, "PROJECT", "model_id", "Model", native={"type": "model", "statusProperty": "status"}),
+        _column(0, "PROJECT", "model_id", "Model", native=ModelCell("status")),
         _column(1, "USERNAME", "username", "Player"),
         *(
             _column(order, "VALUE", name, label, format="decimal-1", tooltip=f"Over {span}: {_MEANING}")
@@ -106,10 +109,10 @@ REPORT_SCHEMA = ReportSchema(
             order=2,
             endpointUrl="/reports/predictions",
             nativeConfiguration=_chart(
-                (("score_value", "Score", "#1f6feb"),),
+                [Series("score_value", "Score", "#1f6feb")],
                 "param",
                 _BY_SETTING,
-                {"field": "score_failed", "reasonField": "score_failed_reason"},
+                Alert("score_failed", "score_failed_reason"),
             ),
         ),
     ],

@@ -20,6 +20,8 @@ T = TypeVar("T")
 MOST_IDS = 1000
 LONGEST_WORD = 256
 
+_MOMENT = {"type": "string", "format": "date-time"}
+_CURSOR = "[0-9]{1,12}(_[0-9]{1,18}){1,2}"
 _SPACE_FOR_PLUS = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?) (\d\d:?\d\d)")
 
 
@@ -93,7 +95,7 @@ def choice(options: type[StrEnum], doc: str = "") -> Metadata:
 
 def instant(doc: str = "") -> Metadata:
     """A time -> epoch seconds."""
-    return {"kind": Kind(lambda values: read_moment(values[-1]), {"type": "string"}, doc=doc)}
+    return {"kind": Kind(lambda values: read_moment(values[-1]), _MOMENT, doc=doc)}
 
 
 def cursor(doc: str = "") -> Metadata:
@@ -101,12 +103,13 @@ def cursor(doc: str = "") -> Metadata:
 
     def read(values: Sequence[str]) -> Cursor:
         text = values[-1].strip()
-        if re.fullmatch(r"[0-9]{1,12}(_[0-9]{1,18}){1,2}", text):
+        if re.fullmatch(_CURSOR, text):
             at_s, *numbers = (int(part) for part in text.split("_"))
             return Cursor(at_s, *numbers)
         return Cursor(read_moment(text))
 
-    return {"kind": Kind(read, {"type": "string"}, doc=doc)}
+    number = {"type": "string", "pattern": f"^{_CURSOR}$"}
+    return {"kind": Kind(read, {"type": "string", "anyOf": [_MOMENT, number]}, doc=doc)}
 
 
 def ids(name: str, doc: str = "") -> Metadata:
@@ -136,7 +139,9 @@ def word(doc: str = "") -> Metadata:
 
 def path(doc: str = "") -> Metadata:
     """A part of the path."""
-    return {"kind": Kind(lambda values: values[-1], {"type": "string"}, in_path=True, doc=doc)}
+    return {
+        "kind": Kind(lambda values: values[-1], {"type": "string", "minLength": 1}, in_path=True, doc=doc)
+    }
 
 
 def read_moment(value: str) -> float:

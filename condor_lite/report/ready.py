@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 
 from condor_lite.game.entities import Leaderboard, Model, Standing, Window, WindowScores
 from condor_lite.game.leaderboard import is_gone
-from condor_lite.report.answers import LeaderboardRow, ModelRow, RankedModel, WindowLeaderboard, moment
+from condor_lite.report.answers import (
+    LeaderboardRow,
+    ModelRow,
+    RankedModel,
+    Running,
+    WindowLeaderboard,
+    moment,
+)
 from condor_lite.report.replies import Reply, pack
 
 DEFAULT_LIMIT = 100
@@ -85,7 +92,7 @@ def window_leaderboard(
     window: Window, standings: Sequence[Standing], versions: Versions
 ) -> WindowLeaderboard:
     return WindowLeaderboard(
-        window=window.value,
+        window=window,
         count=len(standings),
         scorer_version=versions.current,
         mixed_versions=versions.mixed,
@@ -104,7 +111,7 @@ def window_leaderboard(
     )
 
 
-def status(model_id: str, connected: Set[str]) -> str:
+def status(model_id: str, connected: Set[str]) -> Running:
     return "RUNNING" if model_id in connected else "STOPPED"
 
 
