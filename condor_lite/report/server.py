@@ -11,14 +11,16 @@ from contextlib import contextmanager
 import anyio
 import uvicorn
 from anyio.abc import TaskStatus
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from condor_lite.errors import StartError
+from condor_lite.pacer import Pacer
 from condor_lite.report.connections import REQUEST_WITHIN_S, SECURITY_HEADERS, Connection, check
 
 _BACKLOG = 1024
 _SEND_BUFFER_BYTES = 128 * 1024
 _CHECK_EVERY_S = 1.0
+_REQUESTS_A_TURN = 4
 _GRACE_S = 2  # for requests under way when the server is asked to stop
 
 
@@ -51,6 +53,17 @@ def _what_to_do(host: str, port: int, error: Exception) -> str:
     if code == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
         return f"report.host {host} is no address of this machine: 127.0.0.1 is always one, 0.0.0.0 is all"
     return f"report.host {host} and report.port {port} can't be used: {error}"
+
+
+def _in_turn(app: ASGIApp) -> ASGIApp:
+    """Begin few requests in one turn of the event loop: the models' calls have theirs in between."""
+    pacer = Pacer(_REQUESTS_A_TURN)
+
+    async def wait(scope: Scope, receive: Receive, send: Send) -> None:
+        await pacer.turn()
+        await app(scope, receive, send)
+
+    return wait
 
 
 class _Uvicorn(uvicorn.Server):
@@ -102,7 +115,7 @@ class Server:
             self._sock = bind(self._host, self.port)
         server = self._server = _Uvicorn(
             uvicorn.Config(
-                self._app,
+                _in_turn(self._app),
                 http=Connection,
                 ws="none",
                 lifespan="off",
