@@ -25,7 +25,7 @@ from condor_lite.game.entities import Leaderboard, Model, Round, RoundScores, Ru
 from condor_lite.game.leaderboard import is_gone, reference_benchmark
 from condor_lite.game.outcome import SCORE, WAIT, Realised, Series, realise, verdict
 from condor_lite.game.rounds import score_round
-from condor_lite.game.windows import HOUR_S, WindowRows, WindowSums, window_start_s
+from condor_lite.game.windows import HOUR_S, WindowSums, window_start_s
 from condor_lite.pool import PoolError, ScoringPool
 from condor_lite.storage import repositories, rescores, scores
 from condor_lite.storage.calibration import add_calibration, load_brief_rows
@@ -38,6 +38,7 @@ log = structlog.get_logger()
 _Answers = tuple[Round, dict[int, bytes]]  # a round and its payloads by `model_no`, as they are stored
 
 _PAGE = 256  # rounds looked at together
+_MODELS = 64  # whose calibration is read at a time: a week of them is some ten milliseconds
 _GROUP_BYTES = 24 * 2**20  # answers in the pool at a time; as many are read, and as many stored, meanwhile
 _ANSWER_BYTES = 4096  # what an answer counts as besides its payload: small ones are work, too
 _TRIES = 5
@@ -204,11 +205,17 @@ class Scorer:
         while since_s <= now_s:  # by the hour: a week of a large game is millions of rows
             until_s = since_s + HOUR_S
             rows = await self._db.read(scores.load_window_rows, self._version, since_s, until_s)
-            columns = {name: rows[name] for name in WindowRows.__slots__}
-            await asyncio.to_thread(sums.load, WindowRows(**columns))
-            briefs = await self._db.read(load_brief_rows, self._version, since_s, until_s)
-            await asyncio.to_thread(self._calibration.add, briefs)
+            await asyncio.to_thread(sums.load, rows)
             since_s = until_s
+        numbers = [model.model_no for model in self._models]
+        since_s = window_start_s(Window.ANCHOR, now_s)
+        for setting in self._config.game.settings:
+            for at in range(0, len(numbers), _MODELS):
+                some = numbers[at : at + _MODELS]
+                briefs = await self._db.read(
+                    load_brief_rows, self._version, setting, (some[0], some[-1]), since_s
+                )
+                await asyncio.to_thread(self._calibration.add, briefs)
         return sums
 
     def _tell_leader(self) -> None:

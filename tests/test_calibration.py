@@ -324,7 +324,10 @@ async def test_the_page_and_the_leaderboard_say_the_same_from_400_times_on(tmp_p
         few, _ = await calibrations(context, board, wide)
         nothing, none = await calibrations(context, None, sharp)
         loaded = BriefSums(one.config.game.settings)
-        loaded.add(await one.db.read(storage.load_brief_rows, version, at_s - HOUR_S, now_s))
+        since_s = at_s - HOUR_S
+        for each in one.config.game.settings:
+            for no in (sharp, wide):
+                loaded.add(await one.db.read(storage.load_brief_rows, version, each, (no, no), since_s))
 
     found = by_setting["ETH-60-10"]
     assert found.segment_times == 720

@@ -457,18 +457,21 @@ def test_the_window_rows_are_the_scores_of_one_version(conn: sqlite3.Connection)
     scores.save_round_scores(conn, rounds[0], new, scored(1.0), 6, 5)
 
     rows = scores.load_window_rows(conn, old, NOON_S + 120, 2**40)
-    assert rows.dtype == scores.WINDOW_ROW
-    assert rows["round_no"].tolist() == [rounds[2], rounds[2], rounds[0], rounds[0]]
-    assert rows["model_no"].tolist() == [a, b, a, b]
-    assert rows["asset"].tolist() == ["BTC"] * 4
-    assert rows["scheduled_at_s"].tolist() == [NOON_S + 60, NOON_S + 60, NOON_S + 120, NOON_S + 120]
-    assert (rows["resolvable_at_s"] - rows["scheduled_at_s"]).tolist() == [60] * 4
-    np.testing.assert_array_equal(rows["raw"], [1.5, np.nan, 1.5, np.nan])
-    assert rows["counted"].tolist() == [1.5, 3.0, 1.5, 3.0]
-    first = rows[0]
-    assert (first["horizon_s"], first["step_s"], first["median"], first["no_move"]) == (60, 10, 2.0, 4.0)
-    assert len(scores.load_window_rows(conn, new, 0, 2**40)) == 1
-    assert len(scores.load_window_rows(conn, new + 1, 0, 2**40)) == 0
+    for column, expected in (
+        (rows.round_no, [rounds[2], rounds[2], rounds[0], rounds[0]]),
+        (rows.model_no, [a, b, a, b]),
+        (rows.asset, ["BTC"] * 4),
+        (rows.horizon_s, [60] * 4),
+        (rows.step_s, [10] * 4),
+        (rows.resolvable_at_s, [NOON_S + 120, NOON_S + 120, NOON_S + 180, NOON_S + 180]),
+        (rows.median, [2.0] * 4),
+        (rows.no_move, [4.0] * 4),
+        (rows.raw, [1.5, np.nan, 1.5, np.nan]),
+        (rows.counted, [1.5, 3.0, 1.5, 3.0]),
+    ):
+        np.testing.assert_array_equal(column, expected)
+    assert np.size(scores.load_window_rows(conn, new, 0, 2**40).raw) == 1
+    assert np.size(scores.load_window_rows(conn, new + 1, 0, 2**40).raw) == 0
 
 
 # The leaderboard

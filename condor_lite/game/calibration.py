@@ -145,9 +145,9 @@ class RoundCalibration:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BriefRows:
-    """Columns of equal length, one row a (setting, hour, model): what `BriefSums` is made of."""
+    """One setting's columns of equal length, a row a (hour, model): what `BriefSums` is made of."""
 
-    setting: Sequence[str]
+    setting_key: str
     hour: NDArray[np.int64]  # hours since the epoch
     model_no: NDArray[np.int64]
     times: NDArray[np.float64]
@@ -158,10 +158,9 @@ class BriefRows:
 
 def brief_rows(setting_key: str, resolvable_at_s: int, added: RoundCalibration, times: Floats) -> BriefRows:
     """A round's rows; `times` float64[models]: how many segment times it adds to each model's."""
-    count = len(added.model_no)
     return BriefRows(
-        setting=[setting_key] * count,
-        hour=np.full(count, resolvable_at_s // 3600, np.int64),
+        setting_key=setting_key,
+        hour=np.full(len(added.model_no), resolvable_at_s // 3600, np.int64),
         model_no=np.array(added.model_no, np.int64),
         times=times,
         segments=added.sums[:, SEGMENTS],
@@ -184,15 +183,15 @@ class BriefSums:
 
     def add(self, rows: BriefRows) -> None:
         """Add rounds' sums, in any order; a round's once."""
-        if not len(rows.hour):
+        setting = self._settings.get(rows.setting_key)
+        if setting is None or not len(rows.hour):
             return
         self._enter(int(rows.hour.max()))
-        setting = np.array([self._settings.get(key, -1) for key in rows.setting], np.intp)
-        used = (setting >= 0) & (rows.hour > self._newest_hour - _SLOTS)
+        used = rows.hour > self._newest_hour - _SLOTS
         column = self._places(rows.model_no)
-        where = (setting[used], rows.hour[used] % _SLOTS, column[used])
+        where = (rows.hour[used] % _SLOTS, column[used])
         for kind, values in enumerate((rows.times, rows.segments, rows.inside_90, rows.pit)):
-            np.add.at(self._sums[kind], where, values[used].astype(np.float32))
+            np.add.at(self._sums[kind, setting], where, values[used].astype(np.float32))
 
     def briefs(self, now_s: float) -> dict[int, Brief]:
         """By `model_no`, over all settings; of those that one setting has enough distinct times of."""

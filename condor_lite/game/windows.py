@@ -115,29 +115,29 @@ class WindowSums:
 
     def load(self, rows: WindowRows) -> None:
         """Add stored rounds, in any order, in as many calls as suit; a round's rows must come in one call."""
-        parts = (np.asarray(column).tolist() for column in (rows.asset, rows.horizon_s, rows.step_s))
+        _, first, of_round = np.unique(np.asarray(rows.round_no), return_index=True, return_inverse=True)
+        parts = (np.asarray(column)[first].tolist() for column in (rows.asset, rows.horizon_s, rows.step_s))
         setting = np.array([self._by_parts.get(part, -1) for part in zip(*parts, strict=True)], dtype=np.intp)
-        hour = np.asarray(rows.resolvable_at_s, dtype=np.int64) // HOUR_S
+        hour = np.asarray(rows.resolvable_at_s, dtype=np.int64)[first] // HOUR_S
         if not (setting >= 0).any():
             return
         self._enter(int(hour[setting >= 0].max()))
-        used = np.flatnonzero((setting >= 0) & (hour > self._newest_hour - SLOTS))
+        held = (setting >= 0) & (hour > self._newest_hour - SLOTS)
+        used = np.flatnonzero(held[of_round])
         # In one order for all models, so that equal models get equal sums, to the last bit.
-        used = used[np.argsort(np.asarray(rows.round_no)[used], kind="stable")]
-        _, first, of_round = np.unique(
-            np.asarray(rows.round_no)[used], return_index=True, return_inverse=True
-        )
+        used = used[np.argsort(of_round[used], kind="stable")]
+        first, setting, hour = first[held], setting[held], hour[held]
+        of_round = (np.cumsum(held) - 1)[of_round[used]]
         model_no = np.asarray(rows.model_no, dtype=np.int64)[used]
-        no_move, median, raw, counted = (
-            np.asarray(column, dtype=np.float64)[used]
-            for column in (rows.no_move, rows.median, rows.raw, rows.counted)
+        median, raw, counted = (
+            np.asarray(column, dtype=np.float64)[used] for column in (rows.median, rows.raw, rows.counted)
         )
         columns = self._places(model_no)
         self._accumulate(
-            self._starts(setting[used[first]], hour[used[first]]),
+            self._starts(setting, hour),
             of_round,
             columns,
-            unit=no_move[first],
+            unit=np.asarray(rows.no_move, dtype=np.float64)[first],
             gains=gain(median, counted, self.info),
             raw=raw,
             benchmark=model_no == self.benchmark,

@@ -77,19 +77,26 @@ def add_calibration(
 
 
 def load_brief_rows(
-    conn: sqlite3.Connection, scorer_version: int, since_s: float, until_s: float
+    conn: sqlite3.Connection,
+    scorer_version: int,
+    setting: Setting,
+    models: tuple[int, int],
+    since_s: float,
 ) -> BriefRows:
-    """What the leaderboard needs of the hours with `since_s <= hour_s < until_s`."""
+    """What the leaderboard needs of a setting: the hours `hour_s >= since_s` of the models with the first
+    `model_no` to the last, both included.
+    """
     rows = conn.execute(
-        "SELECT asset || '-' || horizon_s || '-' || step_s, hour_s, model_no, times, segments, pit, bins "
-        "FROM calibration INDEXED BY calibration_by_time "
-        "WHERE hour_s >= ? AND hour_s < ? AND scorer_version = ?",
-        (since_s, until_s, scorer_version),
+        # By the key, model after model: an index on the time would have to look up every row.
+        "SELECT c.hour_s, c.model_no, c.times, c.segments, c.pit, c.bins FROM model CROSS JOIN calibration c "
+        "ON c.scorer_version = ? AND c.asset = ? AND c.horizon_s = ? AND c.step_s = ? "
+        "AND c.model_no = model.model_no AND c.hour_s >= ? WHERE model.model_no BETWEEN ? AND ?",
+        (scorer_version, setting.asset, setting.horizon_s, setting.step_s, since_s, *models),
     ).fetchall()
-    setting, hour_s, model_no, times, segments, pit, bins = zip(*rows, strict=True) if rows else ((),) * 7
+    hour_s, model_no, times, segments, pit, bins = zip(*rows, strict=True) if rows else ((),) * 6
     histogram = np.frombuffer(b"".join(bins), _BINS).reshape(-1, BINS)
     return BriefRows(
-        setting=setting,
+        setting_key=setting.key,
         hour=np.array(hour_s, np.int64) // _HOUR_S,
         model_no=np.array(model_no, np.int64),
         times=np.array(times, np.float64),

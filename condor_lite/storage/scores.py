@@ -8,32 +8,15 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from types import MappingProxyType
 
 import numpy as np
-import numpy.typing as npt
 
 from condor_lite.config import StorageConfig
 from condor_lite.game.entities import Leaderboard, Round, RoundScores
+from condor_lite.game.windows import WindowRows
 from condor_lite.storage.repositories import select_rounds
-
-# One element a (round, model): what the window sums are rebuilt from. `raw` is NaN where there is none.
-WINDOW_ROW = np.dtype(
-    [
-        ("asset", object),
-        ("horizon_s", np.int32),
-        ("step_s", np.int32),
-        ("resolvable_at_s", np.int64),
-        ("scheduled_at_s", np.int64),
-        ("round_no", np.int64),
-        ("no_move", np.float64),
-        ("median", np.float64),
-        ("model_no", np.int32),
-        ("raw", np.float64),
-        ("counted", np.float64),
-    ]
-)
-
 
 # Settling
 
@@ -163,19 +146,42 @@ def save_round_scores(
 
 def load_window_rows(
     conn: sqlite3.Connection, scorer_version: int, since_s: float, until_s: float
-) -> npt.NDArray[np.void]:
-    """All scores of the rounds with `since_s <= resolvable_at < until_s`, by time: an array of WINDOW_ROW."""
-    return np.fromiter(
-        conn.execute(
-            "SELECT asset, horizon_s, step_s, resolvable_at_s, scheduled_at_s, round.round_no, no_move, "
-            "median, model_no, raw, counted FROM round CROSS JOIN round_score USING (round_no) "
-            "CROSS JOIN score USING (round_no, scorer_version) "
-            "WHERE round.status = 'scored' AND resolvable_at_s >= ? AND resolvable_at_s < ? "
-            "AND scorer_version = ? "
-            "ORDER BY resolvable_at_s, round.round_no, model_no",
-            (since_s, until_s, scorer_version),
+) -> WindowRows:
+    """All scores of the rounds with `since_s <= resolvable_at < until_s`, by time."""
+    span = (since_s, until_s, scorer_version)
+    rounds = conn.execute(
+        "SELECT round_no, asset, horizon_s, step_s, resolvable_at_s, no_move, median "
+        "FROM round CROSS JOIN round_score USING (round_no) WHERE status = 'scored' "
+        "AND resolvable_at_s >= ? AND resolvable_at_s < ? AND scorer_version = ? ORDER BY round_no",
+        span,
+    ).fetchall()
+    # Numbers only, straight into one array: a row that becomes objects costs several times as much.
+    numbers = np.fromiter(
+        chain.from_iterable(
+            conn.execute(
+                "SELECT round_no, model_no, coalesce(raw, 9e999), counted "
+                "FROM round CROSS JOIN score USING (round_no) WHERE status = 'scored' "
+                "AND resolvable_at_s >= ? AND resolvable_at_s < ? AND scorer_version = ? "
+                "ORDER BY resolvable_at_s, round_no, model_no",
+                span,
+            )
         ),
-        dtype=WINDOW_ROW,
+        np.float64,
+    ).reshape(-1, 4)
+    round_no, *columns = (np.array(column) for column in (zip(*rounds, strict=True) if rounds else [()] * 7))
+    place = np.searchsorted(round_no, numbers[:, 0].astype(np.int64))
+    asset, horizon_s, step_s, resolvable_at_s, no_move, median = (column[place] for column in columns)
+    return WindowRows(
+        asset=asset,
+        horizon_s=horizon_s,
+        step_s=step_s,
+        resolvable_at_s=resolvable_at_s,
+        round_no=round_no[place],
+        no_move=no_move,
+        median=median,
+        model_no=numbers[:, 1].astype(np.int64),
+        raw=np.where(np.isinf(numbers[:, 2]), np.nan, numbers[:, 2]),
+        counted=numbers[:, 3],
     )
 
 
