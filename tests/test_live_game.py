@@ -1,0 +1,172 @@
+"""The whole game on a live feed: history, ticks, rounds, an outage, and what comes after it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from condor_lite import config as configuration
+from condor_lite.clock import SteppedClock
+from condor_lite.prices.coinbase import CoinbaseSource
+from condor_lite.supervisor import Game, playing
+from tests.price_server import Fault, PriceServer, price
+from tests.stage import START_S, until
+
+pytestmark = pytest.mark.anyio
+
+CONFIG = """
+[[game.settings]]
+assets = ["BTC", "ETH"]
+horizon = "3m"
+step = "1m"
+interval = "2m"
+
+[feed]
+source = "coinbase"
+history = "2h"
+
+[scoring]
+workers = 1
+
+[orchestrator]
+port = 0
+
+[report]
+port = 0
+"""
+
+MODEL = """
+from condor_lite.tracker import TrackerBase
+
+class Steady(TrackerBase):
+    def predict(self, asset, horizon, step):
+        assert len(self.prices.series(asset)[0]) > 100, "the history came first"
+        return [{"type": "builtin", "name": "norm", "params": {"loc": 0, "scale": 4e-4}}] * (horizon // step)
+"""
+
+MINUTE_S = 60
+
+
+@pytest.fixture
+def challenge(tmp_path: Path) -> Path:
+    (tmp_path / "config.toml").write_text(CONFIG)
+    (tmp_path / "models" / "steady").mkdir(parents=True)
+    (tmp_path / "models" / "steady" / "main.py").write_text(MODEL)
+    return tmp_path
+
+
+def ready(game: Game) -> bool:
+    return any(known.lane is not None and known.lane.ready for known in game.predict.participants.values())
+
+
+async def get(game: Game, path: str) -> Any:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        reply = await client.get(game.web.url + path)
+    return reply.json()
+
+
+def read(folder: Path, sql: str) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(f"file:{folder / 'data' / 'condor.db'}?mode=ro", uri=True)) as db:
+        return db.execute(sql).fetchall()
+
+
+async def test_an_outage_is_survived_without_a_price_made_up(
+    challenge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CoinbaseSource, "rate_per_s", 1e6)
+    clock = SteppedClock(START_S - 30)
+    async with PriceServer(now=clock.now) as server:
+        environ = {"CONDOR_LITE__FEED__BASE_URL": server.url}
+        config = configuration.load(challenge / "config.toml", environ)
+        async with playing(config, clock) as game:
+            await until(lambda: ready(game))
+
+            await clock.run_until(START_S + 20 * MINUTE_S)
+            await game.journal.flushed()
+            rows = {row["subject"]: row for row in await get(game, "/reports/feeds")}
+            assert {row["source"] for row in rows.values()} == {"coinbase"}
+            assert rows.keys() == {"BTC", "ETH"}
+            assert all(row["record_count"] >= 120 for row in rows.values())
+            assert (await get(game, "/statistics"))["total_predictions"] >= 16
+            assert not [state for state in game.feed.states() if state.stale or state.error]
+
+            server.outage = Fault(503, b"<html>maintenance</html>")
+            server.requests.clear()
+            await clock.run_until(START_S + 40 * MINUTE_S)
+            await game.journal.flushed()
+            for state in game.feed.states():
+                assert state.stale
+                assert "is in trouble (HTTP 503)" in str(state.error)
+                assert state.newest_ts_s is not None
+                assert state.newest_ts_s <= START_S + 20 * MINUTE_S
+            assert 20 <= len(server.requests) <= 2 * 2 * 20, "it asks again, later each time"
+
+            async with httpx.AsyncClient(trust_env=False) as client:
+                reply = await client.get(f"{game.web.url}/readyz")
+            assert reply.status_code == 503
+            assert "BTC" in reply.text
+
+            server.outage = None
+            await clock.run_until(START_S + 60 * MINUTE_S)
+            await game.journal.flushed()
+            await game.score.finish()
+            assert not [state for state in game.feed.states() if state.stale or state.error]
+
+    for asset in ("BTC", "ETH"):
+        points = read(challenge, f"SELECT ts_s, price FROM price WHERE asset = '{asset}' ORDER BY ts_s")
+        first_s, last_s = points[0][0], points[-1][0]
+        assert last_s >= START_S + 59 * MINUTE_S
+        assert points == [(at_s, price(asset, at_s)) for at_s in range(first_s, last_s + 1, MINUTE_S)]
+        rounds = dict(read(challenge, f"SELECT scheduled_at_s, status FROM round WHERE asset = '{asset}'"))
+        during = {at_s: status for at_s, status in rounds.items() if 1500 < at_s - START_S <= 2400}
+        assert set(during.values()) == {"skipped"}
+        played = [status for at_s, status in rounds.items() if not 1200 <= at_s - START_S <= 2520]
+        assert played.count("scored") >= 15
+        assert set(played) <= {"scored", "closed", "open"}
+
+
+async def test_the_program_has_its_history_from_the_exchange_and_stops_cleanly(challenge: Path) -> None:
+    async with PriceServer() as server, httpx.AsyncClient(trust_env=False) as client:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        overrides = {"FEED__BASE_URL": server.url, "REPORT__PORT": str(port)}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "condor_lite"),
+            cwd=challenge,
+            env={**os.environ, **{f"CONDOR_LITE__{name}": value for name, value in overrides.items()}},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            rows: list[dict[str, Any]] = []
+            with anyio.fail_after(60):
+                while sum(row["record_count"] >= 118 for row in rows) < 2:
+                    assert process.returncode is None
+                    await asyncio.sleep(0.1)
+                    with suppress(httpx.TransportError):
+                        rows = (await client.get(f"http://127.0.0.1:{port}/reports/feeds")).json()
+            assert {row["source"] for row in rows} == {"coinbase"}
+            assert all(
+                time.time() - datetime.fromisoformat(row["newest_ts"]).timestamp() < 130 for row in rows
+            )
+        finally:
+            process.send_signal(signal.SIGTERM)
+            console, _ = await process.communicate()
+    assert process.returncode == 0, console.decode()
+    assert b"prices=coinbase" in console
+    assert b"HTTP Request" not in console, "a line for each request"
