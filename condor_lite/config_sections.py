@@ -221,7 +221,11 @@ class ScoringConfig:
         default="log_return",
     )
     max_components: int = documented(integer(1, 10_000), "leaves of a density's mixtures", default=16)
-    time_limit_s: float = documented(duration(1, 3600), "to score one prediction", default=2.0)
+    time_limit_s: float = documented(
+        duration(1, 3600),
+        "of a processor, to score one prediction; of the clock by a rule of your own",
+        default=2.0,
+    )
     log_halfwidth: float = documented(number(10_000), 'basis points, for `rule = "log"`', default=0.5)
     settle_delay_s: int = documented(
         duration(0, 30 * 86400),

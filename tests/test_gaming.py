@@ -222,7 +222,7 @@ def in_worker(
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Scored as in the pool, in this process."""
     lone = worker.Worker(multiprocessing.RawArray("d", worker.NOTE_WIDTH), Rules(), limit_s, 256)
-    before = signal.signal(signal.SIGALRM, worker._ring)
+    before = signal.signal(signal.SIGALRM, lambda signum, frame: lone.ring())
     try:
         return lone.score(0, [ScoringItem(compress(body), setting, x) for body in bodies], careful=False)
     finally:
