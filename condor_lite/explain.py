@@ -162,9 +162,9 @@ def _realised(
     conn: sqlite3.Connection, config: Config, held: Round, result: Result
 ) -> tuple[Realised, tuple[str, ...]]:
     """The round's outcome, and the names that its `boundary_source` numbers stand for."""
-    tick_s = config.feed.tick_s
-    series, sources = load_series(conn, held.asset, held.scheduled_at_s - tick_s, held.resolvable_at_s)
-    return realise(series, held.setting, held.scheduled_at_s, tick_s, result.target), sources
+    from_s = held.scheduled_at_s - config.feed.max_staleness_s
+    series, sources = load_series(conn, held.asset, from_s, held.resolvable_at_s)
+    return realise(series, held.setting, held.scheduled_at_s, config.feed.tick_s, result.target), sources
 
 
 def _unresolved(realised: Realised, sources: tuple[str, ...]) -> Iterator[str | None]:

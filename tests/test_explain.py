@@ -90,6 +90,24 @@ async def test_the_whole_sum_adds_up_to_what_is_stored(rule: str, target: str, t
         assert hopeless.answer.counted == pytest.approx(3 * hopeless.result.median, rel=1e-12)
 
 
+@pytest.mark.parametrize("target", ["log_return", "price_change"])
+async def test_a_round_that_began_with_a_stale_price_is_explained(target: str, tmp_path: Path) -> None:
+    unit = 100.0 if target == "price_change" else 1.0
+    async with playing(tmp_path, CONFIG + f'target = "{target}"\n') as game:
+        await game.db.write(lambda conn: conn.execute("DELETE FROM price WHERE ts_s > ?", (START_S - 10,)))
+        await game.round(START_S, **dict.fromkeys(game.models, answer(2e-4 * unit)))
+        await game.prices(START_S, START_S + 120)
+        game.clock = SteppedClock(START_S + 120)
+        await game.another_loop().finish()
+        with closing(open_read_only(game.config.storage.path)) as conn:
+            one = explain(conn, game.config, ROUND, "id-sharp")
+    assert one.reason is None
+    assert one.segment_scores is not None
+    assert one.segment_scores[0] is None
+    scores = [score for score in one.segment_scores if score is not None]
+    assert math.fsum(scores) / 5 == pytest.approx(one.answer.raw, rel=1e-12)
+
+
 @pytest.mark.parametrize("rule", ["crps", "likelihood"])
 async def test_the_text_has_all_digits(rule: str, tmp_path: Path) -> None:
     async with playing(tmp_path, CONFIG + f'rule = "{rule}"\n') as game:
