@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from condor_lite.game import quadrature
+from condor_lite.game import quadrature, scoring
 from condor_lite.game.crps import crps
 from condor_lite.game.density import Densities, Limits, decode
 from condor_lite.game.entities import Round, Setting
@@ -209,6 +209,28 @@ def test_closed_forms_and_quadrature_agree_on_all_that_is_legal(name: str) -> No
     with np.errstate(all="ignore"):
         np.testing.assert_allclose(closed, quadrature.crps(densities, x), rtol=1e-6)
     assert (closed >= 0.0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "x"),
+    [
+        ("gamma", (2e-6,), 0.0),
+        ("chi2", (4e-6,), 0.0),
+        ("beta", (6e-6, 950.0), 0.0),
+        ("beta", (950.0, 6e-6), 1.0),
+        ("beta", (1e6, 1e-6), 1.0),
+    ],
+)
+def test_at_a_pole_a_closed_form_does_not_cancel(name: str, shapes: tuple[float, ...], x: float) -> None:
+    law = getattr(stats, name)(*(reversed(shapes) if x else shapes))
+
+    def integrand(w: float) -> float:
+        return float(law.sf(np.exp(w)) ** 2 * np.exp(w))
+
+    true = sum(integrate.quad(integrand, low, low + 3, epsrel=1e-10)[0] for low in range(-60, 6, 3))
+    for scale in (1e-9, 1.0, 1e9):
+        value = one([(1.0, name, 0.0, scale, *shapes)], x * scale)
+        assert value == pytest.approx(scale * true, rel=1e-6, abs=0.0)
 
 
 @pytest.mark.parametrize(
@@ -430,6 +452,20 @@ def test_crps_is_in_basis_points_and_averages_the_resolved_segments() -> None:
     assert result.values[[0, 2]] == pytest.approx([2.336949772551091, 6.024413576276163], rel=1e-12)
     assert math.isnan(result.values[1])
     assert result.raw == pytest.approx((2.336949772551091 + 6.024413576276163) / 2, rel=1e-12)
+
+
+def test_a_segment_whose_score_is_no_number_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(densities: Densities, x: npt.NDArray[np.float64]) -> Any:
+        return np.where(x > 0.0, np.nan, 1.0), np.ones(len(x))
+
+    monkeypatch.setattr(scoring, "crps_and_spread", broken)
+    densities = build(*[[(1.0, "norm", 0.0, 1e-3)]] * 3)
+    bad, good = score(
+        [(densities, outcome_of([0.0, math.nan, 1e-3])), (densities, outcome_of([0.0, math.nan, -1e-3]))],
+        Rules(),
+    )
+    assert math.isnan(bad.raw)
+    assert good.raw == 1e4
 
 
 def test_price_changes_and_log_returns_give_the_same_basis_points() -> None:

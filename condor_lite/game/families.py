@@ -377,6 +377,9 @@ def _beta_pdf(y: Floats, a: Floats, b: Floats) -> Floats:
 
 
 def _beta_crps(y: Floats, a: Floats, b: Floats) -> Floats:
+    # From the nearer end: at a pole at 1 the score is a tiny part of what is subtracted there.
+    mirrored = y > 0.5
+    y, a, b = np.where(mirrored, 1.0 - y, y), np.where(mirrored, b, a), np.where(mirrored, a, b)
     inside, mean = np.clip(y, 0.0, 1.0), a / (a + b)
     below, one_up = special.betainc(a, b, inside), special.betainc(a + 1.0, b, inside)
     # E|X - X'| / 2 = mean * 2 B(2a, 2b) / (a B(a, b)^2), with the duplication formula applied three times.

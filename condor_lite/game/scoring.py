@@ -163,7 +163,9 @@ def score(items: Sequence[tuple[Densities, Realised]], rules: Rules) -> list[Seg
     if rules.rule not in BUILT_IN:
         function = _own_rule(rules.rule)
         return [_apply(function, *item, own) for item, own in zip(items, sums, strict=True)]
-    return [_mean(*part) for part in zip(np.split(values, np.cumsum(counts)[:-1]), sums, strict=True)]
+    parts = np.split(values, np.cumsum(counts)[:-1])
+    outcomes = [realised.increments for _, realised in items]
+    return [_mean(*part) for part in zip(parts, outcomes, sums, strict=True)]
 
 
 def _evaluate(densities: Densities, x: Floats, unit: Floats, rules: Rules) -> Floats:
@@ -175,8 +177,9 @@ def _evaluate(densities: Densities, x: Floats, unit: Floats, rules: Rules) -> Fl
     return np.minimum(densities.pdf(x), HIGHEST_DENSITY)
 
 
-def _mean(values: Floats, sums: Floats) -> SegmentScores:
-    resolved = values[np.isfinite(values)]
+def _mean(values: Floats, increments: Floats, sums: Floats) -> SegmentScores:
+    """NaN if a resolved segment's score is no number: what can't be scored must not count as left out."""
+    resolved = values[np.isfinite(increments)]
     return SegmentScores(values, float(resolved.mean()) if len(resolved) else float("nan"), sums)
 
 
@@ -196,4 +199,4 @@ def _apply(function: OwnRule, densities: Densities, realised: Realised, sums: Fl
     if not np.isfinite(values[resolved]).all():
         k = int(np.flatnonzero(resolved & ~np.isfinite(values))[0])
         return failed(f"the scoring rule returned {values[k]} for segment {k + 1}")
-    return _mean(np.where(resolved, values, np.nan), sums)
+    return _mean(np.where(resolved, values, np.nan), x, sums)
