@@ -737,6 +737,27 @@ async def test_the_page_shows_the_leaderboard_and_escapes_names(game: Game) -> N
         assert (await game.client.get(link)).status_code == 200, link
 
 
+async def test_the_docs_show_every_path_parameter_and_answer_without_the_internet(game: Game) -> None:
+    page = await game.client.get("/docs")
+    described = await game.get("/openapi.json")
+
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    shown = unescape(re.sub(r"<[^>]+>", "", page.text))
+    for path, methods in described["paths"].items():
+        assert path in shown
+        assert methods["get"]["summary"] in shown
+        for parameter in methods["get"]["parameters"]:
+            assert parameter.get("name", "") in shown
+    for name, schema in described["components"]["schemas"].items():
+        assert f'id="{name}"' in page.text
+        assert all(field in shown for field in schema.get("properties", {}))
+    targets = set(re.findall(r'id="([^"]+)"', page.text))
+    assert set(re.findall(r'href="#([^"]+)"', page.text)) <= targets
+    assert not re.search(r'(?:href|src)="(?:https?:)?//', page.text)
+    assert "<script" not in page.text
+    assert " style=" not in page.text
+
+
 # The server
 
 

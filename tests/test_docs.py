@@ -7,7 +7,7 @@ from pathlib import Path
 
 from condor_lite import __version__, cli
 from condor_lite import config as configuration
-from condor_lite.report.api import ENDPOINTS
+from condor_lite.report.api import ENDPOINTS, PAGES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,4 +32,4 @@ def test_the_changelog_knows_this_version() -> None:
 def test_every_endpoint_is_in_the_readme_and_the_other_way_round() -> None:
     table = README.split("## HTTP API")[1].split("\n## ")[0]
     listed = {path.split("?")[0] for path in re.findall(r"`(/[^`]+)`", table)}
-    assert listed == {endpoint.path.replace(":path", "") for endpoint in ENDPOINTS}
+    assert listed == {route.path.replace(":path", "") for route in (*ENDPOINTS, *PAGES)} - {"/"}

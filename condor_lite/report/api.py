@@ -25,9 +25,10 @@ from condor_lite.report import answers, game, hub, ops, pages, params
 from condor_lite.report.context import Context, NotFound
 from condor_lite.report.failures import failure, prefers_html
 from condor_lite.report.live import Live
-from condor_lite.report.openapi import Endpoint, document
+from condor_lite.report.openapi import REASONS, Endpoint, document
 from condor_lite.report.params import BadParameter, NoParams
 from condor_lite.report.replies import Reply, pack, respond
+from condor_lite.report.templates import HTML, render
 from condor_lite.storage.database import Readers
 
 log = structlog.get_logger()
@@ -36,6 +37,11 @@ log = structlog.get_logger()
 async def openapi(context: Context, sent: NoParams) -> Reply:
     """This description of the API, as OpenAPI 3.1."""
     return await context.remembered("openapi", math.inf, partial(_describe, context))
+
+
+async def docs(context: Context, sent: NoParams) -> Reply:
+    """The same as a page."""
+    return await context.remembered("docs", math.inf, partial(_show, context))
 
 
 ENDPOINTS: tuple[Endpoint, ...] = (
@@ -85,7 +91,10 @@ class Page:
     params: type
 
 
-PAGES: tuple[Page, ...] = (Page("/", pages.leaderboard, game.LeaderboardParams),)
+PAGES: tuple[Page, ...] = (
+    Page("/", pages.leaderboard, game.LeaderboardParams),
+    Page("/docs", docs, NoParams),
+)
 
 _DESCRIBED_FOR_S = 60
 _METHODS = ("GET", "HEAD")
@@ -146,6 +155,17 @@ class _Cors(CORSMiddleware):
 async def _describe(context: Context) -> Reply:
     title = context.live.config.game.name
     return await context.in_thread(lambda: pack(document(ENDPOINTS, title), _DESCRIBED_FOR_S))
+
+
+async def _show(context: Context) -> Reply:
+    live = context.live
+
+    def work() -> Reply:
+        api = document(ENDPOINTS, live.config.game.name)
+        page = render(live, "docs.html", api=api, errors=REASONS.items())
+        return pack(page, _DESCRIBED_FOR_S, media_type=HTML)
+
+    return await context.in_thread(work)
 
 
 def _serve(

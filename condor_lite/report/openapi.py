@@ -50,7 +50,7 @@ _ABOUT = (
     "zone, too, and is UTC then. HEAD works wherever GET does. Unknown parameters are ignored; one that is "
     "sent empty counts as left out, except for projectIds, where it names no model."
 )
-_REASONS = {
+REASONS = {
     400: "A parameter that can't be used; `detail` says what would be right.",
     404: "There is nothing there; `detail` says why.",
     413: "A request has no body.",
@@ -95,7 +95,7 @@ def document(endpoints: Sequence[Endpoint], title: str) -> Json:
         "components": {
             "schemas": components,
             "responses": {
-                _name(status): _failure(reason, schemas[Failure]) for status, reason in _REASONS.items()
+                _name(status): _failure(reason, schemas[Failure]) for status, reason in REASONS.items()
             },
             "parameters": {
                 "IfNoneMatch": {
@@ -131,11 +131,11 @@ def _operation(endpoint: Endpoint, schemas: Mapping[Any, Json]) -> Json:
             "304": {"description": "It is as the client has it.", "headers": headers},
             **{
                 str(status): {"$ref": f"#/components/responses/{_name(status)}"}
-                for status in _REASONS
+                for status in REASONS
                 if status not in impossible
             },
             **{
-                str(status): _failure(_REASONS[status], schemas[kind])
+                str(status): _failure(REASONS[status], schemas[kind])
                 for status, kind in endpoint.failures.items()
             },
         },
