@@ -36,7 +36,8 @@ from condor_lite.game.scoring import Rules
 from condor_lite.logs import configure
 from condor_lite.pool import ScoringPool
 from condor_lite.predict import PredictLoop
-from condor_lite.prices.feed import Feed, make_source
+from condor_lite.prices.feed import Feed
+from condor_lite.prices.sources import make_sources
 from condor_lite.report import server as web
 from condor_lite.report.api import create_app
 from condor_lite.report.live import Live
@@ -180,7 +181,7 @@ async def playing(
         config = configuration.load(path, {})
         configure(config.log)
         db = await stack.enter_async_context(Database(config.storage.path))
-        clock, source = GameClock(), make_source(config)
+        clock, (source,) = GameClock(), make_sources(config)
         journal, feed = TimedJournal(db), Feed(config, clock, db, source)
         await feed.start()
         prices_s: dict[int, float] = {}

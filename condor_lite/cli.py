@@ -221,18 +221,13 @@ def _online(config: Config) -> list[str]:
     import time
 
     from condor_lite.prices import online
-    from condor_lite.prices.feed import make_source
-    from condor_lite.prices.sources import live_source
+    from condor_lite.prices.sources import make_sources
 
-    feed = config.feed
     try:
-        if feed.simulated:
-            sources = [make_source(config)]
-        else:
-            sources = [live_source(name, feed) for name in feed.source]
+        sources = make_sources(config)
     except ConfigError:
         return []  # `check` has told
-    looks, notes = asyncio.run(online.look(sources, config.game.assets, feed.tick_s, time.time))
+    looks, notes = asyncio.run(online.look(sources, config.game.assets, config.feed.tick_s, time.time))
     print("\n".join(online.lines(looks)))
     return [*online.problems(looks), *notes]
 

@@ -189,6 +189,8 @@ class Floor:
     timeout_s: float
     next_due_s: Callable[[], int]
     """The time of the next rounds: nobody is given a later price before they are open."""
+    history_ready: asyncio.Event
+    """Set once newcomers can be given the history: they get it once, and what comes later not at all."""
     settle: Callable[[OpenRound, Participant, Reply], None]
     set_up_again: Callable[[Participant], None]
     give_up: Callable[[Participant, str, str], None]
@@ -231,6 +233,8 @@ class Lane:
 
     async def run(self) -> None:
         """Feed and ask the model until cancelled."""
+        if self.participant.watermark is None:
+            await self._floor.history_ready.wait()
         while True:
             self._wake.clear()
             if self.paused:

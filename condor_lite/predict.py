@@ -79,6 +79,7 @@ class PredictLoop:
             paused=self.paused,
             timeout_s=config.predict.timeout_s,
             next_due_s=lambda: self._next_due_s,
+            history_ready=feed.history_ready,
             settle=self._settle,
             set_up_again=self._set_up_again,
             give_up=self._give_up,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket as socket_module
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -21,9 +21,10 @@ from condor_lite.errors import CondorError
 from condor_lite.game.entities import Round
 from condor_lite.models.orchestrator import Orchestrator
 from condor_lite.predict import PredictLoop
-from condor_lite.prices.feed import Feed, make_source
+from condor_lite.prices.feed import Feed
 from condor_lite.prices.replay import ReplaySource
 from condor_lite.prices.source import Source
+from condor_lite.prices.sources import make_sources
 from condor_lite.report import server
 from condor_lite.report.api import create_app
 from condor_lite.report.live import Live
@@ -115,13 +116,18 @@ class Game:
     """All parts of one running game."""
 
     def __init__(
-        self, config: Config, clock: Clock, db: Database, source: Source, orchestrator_port: int
+        self,
+        config: Config,
+        clock: Clock,
+        db: Database,
+        sources: Sequence[Source],
+        orchestrator_port: int,
     ) -> None:
         self.config = config
         self.clock = clock
         self.db = db
         self.journal = Journal(db)
-        self.feed = Feed(config, clock, db, source)
+        self.feed = Feed(config, clock, db, *sources)
         self.watchdog = Watchdog()
         self.live = Live(
             config=config,
@@ -155,6 +161,7 @@ class Game:
         found += [
             f"{state.asset} has no fresh price"
             + (f": the newest is {state.age_s:.0f} s old" if state.age_s else "")
+            + (f" ({state.error})" if state.error else "")
             for state in self.feed.states()
             if state.stale and not self.feed.finished
         ]
@@ -213,13 +220,14 @@ async def playing(config: Config, clock: Clock | None = None) -> AsyncIterator[G
         socket = server.bind(config.report.host, config.report.port)
         stack.callback(socket.close)
         db = await stack.enter_async_context(Database(config.storage.path))
-        source = make_source(config)
-        stack.push_async_callback(source.aclose)
-        clock = clock or _clock(config, source, await db.read(repositories.load_clock))
+        sources = make_sources(config)
+        for source in sources:
+            stack.push_async_callback(source.aclose)
+        clock = clock or _clock(config, sources[0], await db.read(repositories.load_clock))
         failure: BaseException | None = None
         async with anyio.create_task_group() as tasks:
             try:
-                game = await _start(config, clock, db, source, socket, tasks)
+                game = await _start(config, clock, db, sources, socket, tasks)
                 try:
                     yield game
                 finally:
@@ -236,7 +244,7 @@ async def _start(
     config: Config,
     clock: Clock,
     db: Database,
-    source: Source,
+    sources: Sequence[Source],
     socket: socket_module.socket,
     tasks: TaskGroup,
 ) -> Game:
@@ -249,7 +257,7 @@ async def _start(
         models = [Service("models", orchestrator.run)]
         await tasks.start(models[0].serve)
         port = orchestrator.port
-    game = Game(config, clock, db, source, port)
+    game = Game(config, clock, db, sources, port)
     game.orchestrator = orchestrator
     await game.feed.start()
     roster = Roster(config.game.name, clock, db, game.journal, game.predict, orchestrator)
@@ -270,7 +278,7 @@ async def _start(
     for service in started:
         tasks.start_soon(service.serve, name=service.name)
     game.services = [*started[:3], *models, *started[3:]]  # in the order in which they are stopped
-    _announce(config, source, game.web.url)
+    _announce(config, sources, game.web.url)
     spare_the_loop()
     return game
 
@@ -289,8 +297,10 @@ async def _stop(game: Game) -> None:
         await service.stop()
 
 
-def _announce(config: Config, source: Source, url: str) -> None:
-    prices = f"{source.name} (simulated)" if source.simulated else source.name
+def _announce(config: Config, sources: Sequence[Source], url: str) -> None:
+    prices = ", then ".join(source.name for source in sources)
+    if sources[0].simulated:
+        prices += " (simulated)"
     assets = " ".join(config.game.assets)
     log.info("game_started", game=config.game.name, version=__version__, prices=prices, assets=assets)
     log.info("look_here", url=url, database=str(config.storage.path))

@@ -17,7 +17,8 @@ from condor_lite.clock import SteppedClock
 from condor_lite.config import Config
 from condor_lite.game.entities import Round
 from condor_lite.predict import PredictLoop
-from condor_lite.prices.feed import Feed, make_source
+from condor_lite.prices.feed import Feed
+from condor_lite.prices.sources import make_sources
 from condor_lite.storage.database import Database
 from condor_lite.storage.journal import Journal
 from tests.fleet import ModelServer, Orchestrator
@@ -116,7 +117,7 @@ async def staged(
     try:
         async with Database(config.storage.path) as db:
             journal = Journal(db)
-            source = make_source(config)
+            (source,) = make_sources(config)
             feed = Feed(config, clock, db, source)
             await feed.start()
             predict = PredictLoop(config, clock, db, journal, feed, orchestrator.port, closed.append)

@@ -22,7 +22,7 @@ from condor_lite.config import Config
 from condor_lite.game import schedule
 from condor_lite.game.entities import Leaderboard, Window
 from condor_lite.game.outcome import Series, realise
-from condor_lite.prices import feed as feed_module
+from condor_lite.prices import intake
 from condor_lite.prices.grid import QUIET_S
 from condor_lite.prices.source import SourceError
 from condor_lite.storage import repositories
@@ -147,7 +147,7 @@ async def test_three_days_of_trouble_lose_and_repeat_nothing(
     wrong = list(troubles(rng))
     assert {trouble.kind for trouble in wrong} == {"error", "hang", "wrong", "stopped"}
     prices = market(rng)
-    monkeypatch.setattr(feed_module, "_FETCH_TIMEOUT_S", 0.005)
+    monkeypatch.setattr(intake, "_FETCH_TIMEOUT_S", 0.005)
     models = [ModelServer("sharp", as_wide_as(4e-5)), ModelServer("wide", as_wide_as(2e-4))]
     runs: list[list[list[dict[str, list[list[float]]]]]] = []
     async with orchestrated(*models) as orchestrator:
@@ -156,7 +156,7 @@ async def test_three_days_of_trouble_lose_and_repeat_nothing(
         for begin_s, end_s in runs_of(wrong):
             clock = SteppedClock(begin_s)
             exchange = BadExchange(clock, prices, wrong)
-            monkeypatch.setattr(supervisor, "make_source", lambda config, exchange=exchange: exchange)
+            monkeypatch.setattr(supervisor, "make_sources", lambda config, exchange=exchange: [exchange])
             for model in models:
                 model.ticks = []
             async with playing(config, clock) as game:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from condor_lite.prices.book import PriceBook
-from condor_lite.prices.grid import QUIET_S, Span, history_step_s, missing_head, missing_tail, on_grid
+from condor_lite.prices.grid import QUIET_S, Span, history_step_s, missing, on_grid
 
 DAY_S = 86400
 
@@ -131,8 +131,18 @@ def test_a_point_on_the_grid_is_the_last_known_price(
         assert price == points[known_s]
 
 
+def lacking(held_s: list[int], now_s: int, tick_s: int = 5, history_s: int = DAY_S) -> list[Span]:
+    """Oldest first."""
+    times_s = np.array(held_s, np.int64)
+    spans = missing(times_s, now_s, tick_s=tick_s, history_s=history_s, fine_s=3600, keep_s=35 * DAY_S)
+    return spans[::-1]
+
+
 def tail(newest_s: int | None, now_s: int, tick_s: int = 5, history_s: int = DAY_S) -> list[Span]:
-    return missing_tail(newest_s, now_s, tick_s=tick_s, history_s=history_s, fine_s=3600, keep_s=35 * DAY_S)
+    if newest_s is None:
+        return lacking([], now_s, tick_s, history_s)
+    first_s = min(now_s - history_s, newest_s)
+    return lacking([*range(first_s // 60 * 60, newest_s, 60), newest_s], now_s, tick_s, history_s)
 
 
 def test_a_first_history_is_coarse_but_for_the_last_hour() -> None:
@@ -164,9 +174,21 @@ def test_a_gap_longer_than_prices_are_kept_is_not_filled() -> None:
 
 def test_a_longer_history_than_the_stored_one_is_completed_in_front() -> None:
     now_s = 100 * DAY_S
-    assert missing_head(99 * DAY_S, now_s, tick_s=60, history_s=DAY_S) == []
-    assert missing_head(99 * DAY_S, now_s, tick_s=60, history_s=3 * DAY_S) == [
-        Span(97 * DAY_S, 99 * DAY_S - 1, 60)
+    held_s = list(range(99 * DAY_S, now_s + 1, 60))
+    assert lacking(held_s, now_s, tick_s=60) == []
+    assert lacking(held_s, now_s, tick_s=60, history_s=3 * DAY_S) == [Span(97 * DAY_S, 99 * DAY_S - 60, 60)]
+
+
+def test_holes_are_found_as_far_as_the_history_reaches() -> None:
+    now_s = 100 * DAY_S
+    held_s = [
+        *range(now_s - 2 * DAY_S, now_s - DAY_S - 7200, 60),
+        *range(now_s - DAY_S - 3600, now_s - 7200 + 1, 60),
+        *range(now_s - 600, now_s - 60 + 1, 60),
+    ]
+    assert lacking(held_s, now_s, tick_s=60) == [
+        Span(now_s - 7200, now_s - 660, 60),
+        Span(now_s - 60, now_s, 60),
     ]
 
 

@@ -142,7 +142,7 @@ async def test_a_recorded_live_hour_played_again_gives_the_same_rounds_and_score
             assert f"wrote {recording / 'BTC.csv'}: " in said.decode()
 
         with monkeypatch.context() as patch:
-            patch.setattr(supervisor, "make_source", lambda config: exchange)
+            patch.setattr(supervisor, "make_sources", lambda config: [exchange])
             await play(live, clock, 2, export)
 
         text = CONFIG.format(port=orchestrator.port).replace(

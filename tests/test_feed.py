@@ -27,10 +27,10 @@ from condor_lite.config import (
 )
 from condor_lite.errors import ConfigError, StartError, StorageUnavailable
 from condor_lite.game.entities import Setting
-from condor_lite.prices import feed as feed_module
-from condor_lite.prices.feed import Feed, make_source
+from condor_lite.prices import intake, saving
+from condor_lite.prices.feed import Feed
 from condor_lite.prices.replay import ReplaySource
-from condor_lite.prices.source import Source
+from condor_lite.prices.sources import make_sources
 from condor_lite.prices.synthetic import SyntheticSource
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
@@ -185,14 +185,14 @@ async def test_a_live_source_is_asked_once_the_candle_is_there_in_pages_it_can_a
     feed = Feed(configure("BTC"), clock, db, source)
     await feed.start()
     assert feed.book.newest_s("BTC") == T - 60, "the candle that has just closed is not out yet"
-    assert [(after_s, until_s) for _, after_s, until_s, _ in source.asked] == [
-        (T - 60 - 2 * HOUR_S, T - 60 - 2 * HOUR_S + 3000),
-        (T - 60 - 2 * HOUR_S + 3000, T - 60 - 2 * HOUR_S + 6000),
-        (T - 60 - 2 * HOUR_S + 6000, T - 60),
-    ]
     async with running(feed):
         await clock.run_until(T + 0.9)
         assert feed.book.newest_s("BTC") == T - 60
+        assert [(after_s, until_s) for _, after_s, until_s, _ in source.asked] == [
+            (T - 60 - 3000, T - 60),
+            (T - 60 - 6000, T - 60 - 3000),
+            (T - 60 - 2 * HOUR_S, T - 60 - 6000),
+        ]
         await clock.run_until(T + 1)
         assert feed.book.newest_s("BTC") == T
     assert len(held(feed, "BTC")) == 121
@@ -280,7 +280,7 @@ async def test_one_asset_failing_stops_no_other_and_is_told_once(db: Database) -
 async def test_a_source_that_hangs_is_given_up_and_asked_again(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed_module, "_FETCH_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(intake, "_FETCH_TIMEOUT_S", 0.02)
     hanging = True
 
     def fault(asset: str, until_s: int) -> object:
@@ -316,14 +316,14 @@ async def test_a_database_that_can_not_be_written_delays_no_tick_and_loses_no_po
     clock = SteppedClock(T)
     feed = Feed(configure("BTC"), clock, db, SyntheticSource(0))
     await feed.start()
-    store, locked = feed_module._store, True
+    store, locked = repositories.add_prices, True
 
-    def refuse(conn: sqlite3.Connection, *rest: object) -> None:
+    def refuse(conn: sqlite3.Connection, *rest: object) -> int:
         if locked:
             raise StorageUnavailable("locked")
-        store(conn, *rest)  # type: ignore[arg-type]
+        return store(conn, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(feed_module, "_store", refuse)
+    monkeypatch.setattr(saving.repositories, "add_prices", refuse)
     with capture_logs() as logs:
         async with running(feed):
             await clock.run_until(T + 600)
@@ -343,15 +343,19 @@ async def test_a_restart_goes_on_from_the_newest_stored_point(db: Database) -> N
     source.asked.clear()
     feed = Feed(configure("BTC"), SteppedClock(T + 602), db, source)
     await feed.start()
-    assert source.asked == [("BTC", T, T + 600, 60)]
+    again_s = (1 + 5) * 60
+    assert source.asked == [("BTC", T - again_s, T + 600, 60)]
     assert len(held(feed, "BTC")) == 130
     assert await stored(db, "BTC") == held(feed, "BTC")
 
 
 async def test_a_stored_price_stands_whatever_the_source_says_later(db: Database) -> None:
     await db.write(repositories.add_prices, "BTC", [(T - 60, 7.0), (T, 7.5)], "exchange", 0)
-    feed = Feed(configure("BTC"), SteppedClock(T + 62), db, LiveSource())
+    clock = SteppedClock(T + 62)
+    feed = Feed(configure("BTC"), clock, db, LiveSource())
     await feed.start()
+    async with running(feed):
+        await clock.run_until(T + 63)
     assert held(feed, "BTC") == await stored(db, "BTC")
     assert (held(feed, "BTC")[T - 60], held(feed, "BTC")[T]) == (7.0, 7.5)
     assert held(feed, "BTC")[T - 120] == price_at(T - 120), "the older history is completed"
@@ -441,9 +445,13 @@ async def test_a_replayed_day_runs_as_fast_as_its_work(db: Database, tmp_path: P
 
 async def test_the_configured_source_is_made(tmp_path: Path) -> None:
     record(tmp_path, 10, "BTC")
-    synthetic: Source = make_source(configure(source=("synthetic",), seed=4))
+    (synthetic,) = make_sources(configure(source=("synthetic",), seed=4))
     assert str(synthetic) == "synthetic prices with feed.seed = 4"
-    assert isinstance(make_source(configure("BTC", source=("replay",), path=tmp_path)), ReplaySource)
+    (replay,) = make_sources(configure("BTC", source=("replay",), path=tmp_path))
+    assert isinstance(replay, ReplaySource)
     with pytest.raises(ConfigError, match=r"ETH\.csv"):
-        make_source(configure("ETH", source=("replay",), path=tmp_path))
-    assert str(make_source(configure(source=("kraken",)))) == "kraken"
+        make_sources(configure("ETH", source=("replay",), path=tmp_path))
+    live = make_sources(configure(source=("kraken", "coinbase")))
+    assert [source.name for source in live] == ["kraken", "coinbase"]
+    for source in live:
+        await source.aclose()

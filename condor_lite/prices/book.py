@@ -17,7 +17,7 @@ _FEWEST = 1024
 
 
 class PriceBook:
-    """All recent points of every asset, ascending in time, the first price of a time for good.
+    """All recent points of every asset, ascending in time; a price stands unless it is revised.
 
     Holds every tick of the last `keep_s`, and `history_s` before that at the resolution of `history()`, so
     its memory is bounded whatever the tick. One thread adds; any thread may read.
@@ -42,13 +42,24 @@ class PriceBook:
             added = wanted
             column.append(added)
         else:
-            known = set(column.read()[0].tolist())
-            if added := [point for point in wanted if point[0] not in known]:
+            held_s, _ = column.read()
+            places = np.searchsorted(held_s, [ts_s for ts_s, _ in wanted])
+            added = [
+                point
+                for point, place in zip(wanted, places.tolist(), strict=True)
+                if place == len(held_s) or held_s[place] != point[0]
+            ]
+            if added:
                 column.merge(added)
         if column.is_due:
             column.keep(self._kept(column.read()[0]))
         self._columns[asset] = column
         return added
+
+    def revise(self, asset: str, points: Iterable[Point]) -> None:
+        """Give points that are held new prices."""
+        if column := self._columns.get(asset):
+            column.revise(points)
 
     def _kept(self, ts_s: Times) -> npt.NDArray[np.bool_]:
         newest_s = ts_s[-1]
@@ -158,6 +169,15 @@ class _Column:
         price = np.concatenate([held, np.array([point[1] for point in points])])
         order = np.argsort(ts_s)
         self._replace(ts_s[order], price[order], len(ts_s))
+
+    def revise(self, points: Iterable[Point]) -> None:
+        held_s, held = self.read()
+        price = held.copy()
+        for ts_s, new in points:
+            place = int(np.searchsorted(held_s, ts_s))
+            if place < len(held_s) and held_s[place] == ts_s:
+                price[place] = new
+        self._replace(held_s, price, len(self._data[0]))
 
     def keep(self, wanted: npt.NDArray[np.bool_]) -> None:
         ts_s, price = self.read()

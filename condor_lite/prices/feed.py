@@ -1,16 +1,14 @@
 """Prices from a source into the book and the database: history first, then every tick as it settles.
 
-A source only knows how to fetch a range of one asset. What all sources share is here: the history in pages,
-resuming from the stored points, the grid with its quiet ticks, retries, and one asset's trouble kept from
-the others.
+A source only knows how to fetch a range of one asset. What all sources share is here and in the modules
+beside: when to ask whom, the history in pages, the grid with its quiet ticks, retries, and one asset's
+trouble kept from the others.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import random
-import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,40 +17,31 @@ import structlog
 
 from condor_lite.clock import Clock
 from condor_lite.config import Config
-from condor_lite.errors import ConfigError, StartError, StorageError
+from condor_lite.config_sections import SIMULATED_SOURCES
+from condor_lite.errors import StartError
 from condor_lite.prices.book import PriceBook
-from condor_lite.prices.grid import QUIET_S, Point, Span, missing_head, missing_tail, on_grid
-from condor_lite.prices.replay import ReplaySource
-from condor_lite.prices.source import Source
-from condor_lite.prices.sources import live_source
-from condor_lite.prices.synthetic import SyntheticSource
+from condor_lite.prices.grid import QUIET_S, Span, missing, pieces
+from condor_lite.prices.intake import Intake
+from condor_lite.prices.past import Past
+from condor_lite.prices.saving import Saver
+from condor_lite.prices.source import Source, UnknownAsset
+from condor_lite.prices.supply import Channel, Line, Supply
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
 
 log = structlog.get_logger()
 
-_FETCH_TIMEOUT_S = 20.0
-_RETRY_FIRST_S = 1.0
-_RETRY_MOST_S = 60.0
 _FINE_S = 3600  # every tick is kept for at least this long before the game's start
 _EARLY_S = 0.001  # what a clock's rounding may wake us too early
-_NOT_STORED = (StorageError, sqlite3.Error, OSError)
 _SAME_PRICE = 1e-6  # relative; less is another processor's rounding
-
-
-def make_source(config: Config) -> Source:
-    """The source that `feed.source` names. Raises ConfigError where it can't be used."""
-    feed = config.feed
-    if feed.source == ("synthetic",):
-        return SyntheticSource(feed.seed)
-    if feed.source == ("replay",):
-        if feed.path is None:
-            raise ConfigError(['feed.path: must name the folder of <ASSET>.csv when feed.source = "replay"'])
-        source = ReplaySource.load(feed.path, config.game.assets, feed.tick_s, feed.history_s)
-        if config.game.start_s is not None:
-            source.check_start(config.game.start_s)
-        return source
-    return live_source(feed.source[0], feed)
+_HISTORY_WAIT_S = 120.0  # for which models wait for all of the history
+_WAIT_FIRST_S = 1.0  # for a point that is not there yet
+_SILENT_TICKS = 3  # from then on it is asked for once a tick
+_LAST_LOOK_S = 3.0  # before a point can be scored
+_AGAIN_TICKS = 5  # settled ones that are asked for again
+_AGAIN_MOST_TICKS = 60
+_PROBE_MOST_S = 300.0
+_OFFERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +50,7 @@ class FeedState:
 
     asset: str
     source: str
+    """The one in use."""
     newest_ts_s: int | None
     price: float | None
     age_s: float | None
@@ -68,38 +58,49 @@ class FeedState:
     count: int
     error: str | None = None
     """Why the last attempt failed, None when it did not."""
-
-
-@dataclass(slots=True)
-class _Line:
-    """What the feed knows of one asset beside its points."""
-
-    asset: str
-    next_s: float = 0.0
-    """When to ask again, game time."""
-    failures: int = 0
-    error: str | None = None
+    history: float = 1.0
+    """How much of `feed.history` is there, from 0 to 1."""
+    skew_s: float | None = None
+    """How far the source's clock is ahead of this machine's, where it says."""
 
 
 class Feed:
-    """Keeps `book` and the database up to date with `source`."""
+    """Keeps `book` and the database up to date with `source`, or where that fails with its `fallbacks`."""
 
     def __init__(
-        self, config: Config, clock: Clock, db: Database, source: Source, book: PriceBook | None = None
+        self,
+        config: Config,
+        clock: Clock,
+        db: Database,
+        source: Source,
+        *fallbacks: Source,
+        book: PriceBook | None = None,
     ) -> None:
         self._clock = clock
         self._db = db
         self._source = source
+        self._simulated = source.simulated
         self._tick_s = config.feed.tick_s
         self._history_s = config.feed.history_s
         self._max_staleness_s = config.feed.max_staleness_s
+        self._failover_s = config.feed.failover_after_s
+        self._settle_s = config.scoring.settle_delay_s
         self._fine_s = max(_FINE_S, *(setting.horizon_s for setting in config.game.settings))
         self._keep_s = max(config.storage.keep_prices_s, self._history_s)
         self.book = book or PriceBook(self._history_s, self._tick_s)
-        self._lines = {asset: _Line(asset) for asset in config.game.assets}
+        self.history_ready = asyncio.Event()
+        """Set once models can be given their history: all of it is there, or has been waited for."""
+        channels = [Channel(each) for each in (source, *fallbacks)]
+        self._lines = {
+            asset: Line(asset, [Supply(channel) for channel in channels]) for asset in config.game.assets
+        }
+        again = min(-(-self._settle_s // self._tick_s) + _AGAIN_TICKS, _AGAIN_MOST_TICKS)
+        again = min(again, *(channel.source.page_points // 2 for channel in channels))
+        self._again_s = again * self._tick_s
+        self._saver = Saver(clock, db, self.book, self._settle_s)
+        self._intake = Intake(self.book, self._saver, self._again_s)
+        self._past = Past(clock, db, self._intake, list(self._lines.values()), self._tick_s, self._history_s)
         self._callbacks: list[Callable[[frozenset[str]], None]] = []
-        self._unsaved: list[tuple[str, list[Point]]] = []
-        self._to_save = asyncio.Event()
 
     # -- for the others --------------------------------------------------------------------------------------
 
@@ -121,47 +122,49 @@ class Feed:
         """How each asset's feed is doing now."""
         return [self._state(line) for line in self._lines.values()]
 
-    def _state(self, line: _Line) -> FeedState:
+    def _state(self, line: Line) -> FeedState:
         last = self.book.last(line.asset)
         age_s = self._clock.now() - last[0] if last else None
         return FeedState(
             asset=line.asset,
-            source=self._source.name,
+            source=line.supply.source.name,
             newest_ts_s=last[0] if last else None,
             price=last[1] if last else None,
             age_s=age_s,
             stale=age_s is None or age_s > self._max_staleness_s,
             count=self.book.count(line.asset),
-            error=line.error,
+            error=line.supply.error,
+            history=self._past.share(line),
+            skew_s=line.supply.source.skew_s,
         )
 
     # -- life ------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Read the stored points, then fetch and store what the history lacks.
+        """Read the stored points, then fetch and store the newest ones; `run` completes the history.
 
-        An asset whose source fails is left for `run`. Raises StartError where the stored prices are not the
-        simulated source's.
+        A simulated source's history is complete at once. An asset whose sources fail is left for `run`.
+        Raises StartError where no source knows an asset, and where the stored prices are not the source's.
         """
-        now_s = self._settled_s()
-        for asset in self._lines:
-            newest_s = await self._db.read(repositories.newest_price_s, asset)
-            from_s = now_s - self.book.span_s if newest_s is None else min(now_s - self.book.span_s, newest_s)
-            # Stored points that lie ahead of a clock that was set back come again in their time.
-            stored = await self._db.read(repositories.load_prices, asset, from_s, now_s)
-            self.book.add(asset, zip(stored[0].tolist(), stored[1].tolist(), strict=True))
-            if self._source.simulated:
-                await self._check_same(asset)
+        for line in self._lines.values():
+            await self._load(line)
         with self._clock.hold():
+            unknown: list[str] = []
             async with anyio.create_task_group() as tasks:
                 for line in self._lines.values():
-                    tasks.start_soon(self._catch_up, line, True)
-            await self._save()
+                    tasks.start_soon(self._begin, line, unknown)
+            if unknown:
+                raise StartError("\n".join(sorted(unknown)))
+            await self._saver.save()
+        for line in self._lines.values():
+            self._plan(line)
+        if self._past.done:
+            self.history_ready.set()
         log.info(
             "feed_ready",
             source=self._source.name,
             points=sum(self.book.count(asset) for asset in self._lines),
-            failed=[line.asset for line in self._lines.values() if line.error],
+            failed=[line.asset for line in self._lines.values() if line.supply.error],
         )
 
     async def run(self) -> None:
@@ -169,115 +172,62 @@ class Feed:
         lines = list(self._lines.values())
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._keep_saving, name="feed-saving")
+                tasks.start_soon(self._saver.run, name="feed-saving")
+                tasks.start_soon(self._complete_history, name="feed-history")
+                for line in lines:
+                    if len(line.supplies) > 1:
+                        tasks.start_soon(self._probe, line, name=f"feed-probe-{line.asset}")
                 async with anyio.create_task_group() as followers:
                     # A source that waits for nothing is asked for all assets at once: one tick for models.
-                    for group in [lines] if self._source.simulated else [[line] for line in lines]:
+                    for group in [lines] if self._simulated else [[line] for line in lines]:
                         followers.start_soon(self._follow, group, name=f"feed-{group[0].asset}")
                 tasks.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True):
-                await self._save_last()
+                await self._saver.save_last()
         log.info("feed_finished", source=self._source.name)
 
-    async def _follow(self, lines: Sequence[_Line]) -> None:
-        while not all(self._is_over(line.asset) for line in lines):
-            await self._clock.sleep_until(min(line.next_s for line in lines if not self._is_over(line.asset)))
-            with self._clock.hold():
-                now_s = self._clock.now()
-                changed = [
-                    line.asset
-                    for line in lines
-                    if line.next_s <= now_s and not self._is_over(line.asset) and await self._catch_up(line)
-                ]
-                if changed:
-                    for callback in self._callbacks:
-                        callback(frozenset(changed))
+    # -- start -----------------------------------------------------------------------------------------------
 
-    # -- fetching --------------------------------------------------------------------------------------------
-
-    def _settled_s(self) -> int:
-        """The newest grid time whose price can be had."""
-        at_s = self._clock.now() - self._source.latency_s * self._clock.speed + _EARLY_S
-        return math.floor(at_s / self._tick_s) * self._tick_s
-
-    def _is_over(self, asset: str) -> bool:
-        end_s, newest_s = self.end_s(asset), self.book.newest_s(asset)
-        return end_s is not None and newest_s is not None and newest_s >= end_s
-
-    async def _catch_up(self, line: _Line, with_head: bool = False) -> bool:
-        """Fetch all that `line`'s asset lacks; whether there are new points. Says when to ask again."""
-        asset, until_s = line.asset, self._settled_s()
-        grid = {"tick_s": self._tick_s, "history_s": self._history_s}
-        spans = missing_tail(
-            self.book.newest_s(asset), until_s, fine_s=self._fine_s, keep_s=self._keep_s, **grid
+    async def _load(self, line: Line) -> None:
+        """Bring the stored points into the book."""
+        asset, now_s = line.asset, self._settled_s(line.supply)
+        newest_s = await self._db.read(repositories.newest_price_s, asset)
+        from_s = now_s - self.book.span_s if newest_s is None else min(now_s - self.book.span_s, newest_s)
+        # Stored points that lie ahead of a clock that was set back come again in their time.
+        ts_s, price = await self._db.read(repositories.load_prices, asset, from_s, now_s)
+        points = list(zip(ts_s.tolist(), price.tolist(), strict=True))
+        self.book.add(asset, points)
+        if not points:
+            return
+        line.begun.set()
+        if self._simulated:
+            await self._check_same(asset)
+            return
+        newest_s = points[-1][0]
+        recent, names = await self._db.read(
+            repositories.load_series, asset, newest_s - self._again_s, newest_s
         )
-        if with_head:
-            ts_s, _ = self.book.series(asset)
-            spans = missing_head(int(ts_s[0]) if len(ts_s) else None, until_s, **grid) + spans
-        before = self.book.newest_s(asset)
-        try:
-            for span in spans:
-                await self._fetch(asset, span)
-        except Exception as error:
-            self._failed(line, error)
-        else:
-            self._recovered(line)
-            line.next_s = until_s + self._tick_s + self._source.latency_s * self._clock.speed
-        return self.book.newest_s(asset) != before
-
-    async def _fetch(self, asset: str, span: Span) -> None:
-        """Bring `span` into the book, page by page."""
-        after_s, last = span.after_s, self.book.last(asset)
-        if last is not None and last[0] > after_s:
-            last = None  # a piece of the past
-        while after_s < span.until_s:
-            until_s = min(after_s + self._source.page_points * span.step_s, span.until_s)
-            page = Span(after_s, until_s, span.step_s)
-            with anyio.fail_after(_FETCH_TIMEOUT_S):
-                points = await self._source.fetch(asset, after_s, until_s, span.step_s)
-            points = self._sound(asset, points, page)
-            if added := self.book.add(asset, on_grid(points, page, last)):
-                self._unsaved.append((asset, added))
-                self._to_save.set()
-            last = max(points, default=last)
-            after_s = until_s
-            if after_s < span.until_s:
-                await asyncio.sleep(0)  # a long history is many pages
-
-    def _sound(self, asset: str, points: list[Point], page: Span) -> list[Point]:
-        inside = [point for point in points if page.after_s < point[0] <= page.until_s]
-        sound = [point for point in inside if point[1] > 0 and math.isfinite(point[1])]
-        if rejected := len(inside) - len(sound):
-            log.warning("prices_rejected", asset=asset, source=self._source.name, count=rejected)
-        return sound
-
-    def _failed(self, line: _Line, error: Exception) -> None:
-        message = (
-            f"no answer within {_FETCH_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else str(error)
-        )
-        if not line.failures:
-            log.warning(
-                "feed_failing",
-                asset=line.asset,
-                source=self._source.name,
-                error=message or type(error).__name__,
+        assert recent.source is not None
+        by_source = [names[number] for number in recent.source.tolist()]
+        if by_source[-1] in SIMULATED_SOURCES:
+            raise StartError(
+                f"{self._db.path}: its {asset} prices are simulated ({by_source[-1]}); start a new game "
+                f"with another storage.path for those of {self._source}"
             )
-        pause_s = min(_RETRY_FIRST_S * 2.0**line.failures, _RETRY_MOST_S) * random.uniform(0.75, 1.25)
-        line.failures = min(line.failures + 1, 30)
-        line.error = message or type(error).__name__
-        line.next_s = self._clock.now() + pause_s * self._clock.speed
-
-    def _recovered(self, line: _Line) -> None:
-        if line.failures:
-            log.info("feed_recovered", asset=line.asset, source=self._source.name)
-        line.failures, line.error = 0, None
+        for supply in line.supplies:
+            own = [
+                point
+                for point, name in zip(points[-len(by_source) :], by_source, strict=True)
+                if name == supply.source.name
+            ]
+            supply.last = own[-1] if own else None
+            supply.keep(own, newest_s - self._again_s)
 
     async def _check_same(self, asset: str) -> None:
         """A game must not go on with prices that come from another simulation."""
         stored = self.book.last(asset)
-        if stored is None:
-            return
+        assert stored is not None
         points = await self._source.fetch(asset, stored[0] - QUIET_S, stored[0], self._tick_s)
         price = max(points)[1] if points else None
         if price is None or not math.isclose(price, stored[1], rel_tol=_SAME_PRICE):
@@ -288,43 +238,194 @@ class Feed:
                 "with, or start a new game with another storage.path"
             )
 
-    # -- storing ---------------------------------------------------------------------------------------------
-
-    async def _keep_saving(self) -> None:
-        pause_s, failing = _RETRY_FIRST_S, False
-        while True:
-            await self._to_save.wait()
-            self._to_save.clear()
+    async def _begin(self, line: Line, unknown: list[str]) -> None:
+        """Fetch an asset's newest points from the first source that has them."""
+        strangers: dict[Supply, UnknownAsset] = {}
+        found: Supply | None = None
+        for supply in line.supplies:
             try:
+                await self._fetch_first(line, supply)
+            except UnknownAsset as error:
+                strangers[supply] = error
+            except Exception as error:
+                line.next_s = supply.failed(line.asset, error, self._clock.now())
+            else:
+                found = supply
+                break
+        if len(strangers) == len(line.supplies):
+            unknown += [_unknown(line.asset, stranger) for stranger in strangers.values()]
+            return
+        for supply, stranger in strangers.items():
+            log.warning("asset_unknown", asset=line.asset, source=supply.source.name, error=str(stranger))
+        line.supplies = [supply for supply in line.supplies if supply not in strangers]
+        line.delivered_s = self._clock.now()
+        if found is not None:
+            line.begun.set()
+            if at := line.supplies.index(found):
+                line.use(at, self._clock.now())
+            line.next_s = self._next_s(line, self._settled_s(found))
+
+    async def _fetch_first(self, line: Line, supply: Supply) -> None:
+        until_s, newest_s = self._settled_s(supply), self.book.newest_s(line.asset)
+        if newest_s is not None and newest_s < until_s and not self._simulated:
+            # Rounds from before the stop are scored as soon as there is a later price: what they reach into
+            # comes first.
+            span = Span(newest_s, min(newest_s + self._fine_s, until_s), self._tick_s)
+            await self._intake.ahead(line, supply, span)
+        line.todo = self._missing(line, until_s)
+        while line.todo and (self._simulated or line.todo[0].until_s == until_s):
+            await self._past.page(line, supply)
+            if not self._simulated:
+                break
+
+    def _plan(self, line: Line) -> None:
+        """Leave the history to `run`; what follows the newest point is fetched with the next tick."""
+        until_s = self._settled_s(line.supply)
+        todo = self._missing(line, until_s) if line.begun.is_set() else []
+        line.todo = [span for span in todo if span.until_s < until_s]
+
+    def _missing(self, line: Line, until_s: int) -> list[Span]:
+        held_s, _ = self.book.series(line.asset)
+        return missing(
+            held_s,
+            until_s,
+            tick_s=self._tick_s,
+            history_s=self._history_s,
+            fine_s=self._fine_s,
+            keep_s=self._keep_s,
+        )
+
+    async def _complete_history(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._open_gate, name="feed-history-wait")
+            await self._past.run()
+            self.history_ready.set()
+            tasks.cancel_scope.cancel()
+
+    async def _open_gate(self) -> None:
+        await self._clock.sleep_until(self._clock.now() + _HISTORY_WAIT_S)
+        self.history_ready.set()
+
+    # -- every tick ------------------------------------------------------------------------------------------
+
+    async def _follow(self, lines: Sequence[Line]) -> None:
+        while not all(self._is_over(line.asset) for line in lines):
+            await self._clock.sleep_until(min(line.next_s for line in lines if not self._is_over(line.asset)))
+            with self._clock.hold():
+                now_s = self._clock.now()
+                changed = [
+                    line.asset
+                    for line in lines
+                    if line.next_s <= now_s and not self._is_over(line.asset) and await self._ask(line)
+                ]
+                if changed:
+                    for callback in self._callbacks:
+                        callback(frozenset(changed))
+
+    async def _ask(self, line: Line) -> bool:
+        """Fetch what lacks up to now; whether there are new points. Says when to ask again."""
+        now_s = self._clock.now()
+        if now_s >= line.fails_over_s(self._failover_s):
+            line.use(line.at + 1, now_s)
+        supply, before_s = line.supply, self.book.newest_s(line.asset)
+        until_s = self._settled_s(supply)
+        if (next_s := supply.channel.not_before_s) <= now_s:
+            try:
+                await self._fetch_newest(line, supply, until_s)
+            except Exception as error:
+                next_s = supply.failed(line.asset, error, self._clock.now())
+            else:
+                supply.recovered(line.asset)
+                next_s = self._next_s(line, until_s)
+        newest_s = self.book.newest_s(line.asset)
+        if newest_s != before_s:
+            line.delivered_s = self._clock.now()
+            line.begun.set()
+        if line.supply is supply:
+            line.next_s = min(next_s, line.fails_over_s(self._failover_s))
+        return newest_s != before_s
+
+    async def _fetch_newest(self, line: Line, supply: Supply, until_s: int) -> None:
+        newest_s = self.book.newest_s(line.asset)
+        if newest_s is None:
+            line.todo = self._missing(line, until_s)
+            await self._past.page(line, supply)
+            return
+        spans = pieces(
+            newest_s,
+            until_s,
+            tick_s=self._tick_s,
+            fine_after_s=newest_s + self._fine_s,
+            fine_from_s=until_s - self._fine_s,
+        )
+        for span in spans or [Span(newest_s, newest_s, self._tick_s)]:
+            await self._intake.ahead(line, supply, span)
+
+    def _settled_s(self, supply: Supply) -> int:
+        """The newest grid time whose price can be had."""
+        at_s = self._clock.now() - supply.channel.lag_s * self._clock.speed + _EARLY_S
+        return math.floor(at_s / self._tick_s) * self._tick_s
+
+    def _is_over(self, asset: str) -> bool:
+        end_s, newest_s = self.end_s(asset), self.book.newest_s(asset)
+        return end_s is not None and newest_s is not None and newest_s >= end_s
+
+    def _next_s(self, line: Line, until_s: int) -> float:
+        """When to ask again after all up to `until_s` was asked for, game time.
+
+        Right after the next tick; before that, where the point is not there yet, in 1, 2, 4, ... seconds, and
+        where it is, shortly before it can be scored: until then the source may correct it.
+        """
+        next_s = until_s + self._tick_s + line.supply.channel.lag_s * self._clock.speed
+        if self._simulated:
+            return next_s
+        now_s, newest_s = self._clock.now(), self.book.newest_s(line.asset)
+        if newest_s is not None and newest_s >= until_s:
+            return min(next_s, self._last_look_s(now_s))
+        if line.waiting_for_s != until_s:
+            line.waiting_for_s, line.waited = until_s, 0
+        if newest_s is None or until_s - newest_s > _SILENT_TICKS * self._tick_s:
+            return next_s
+        line.waited += 1
+        return min(next_s, now_s + _WAIT_FIRST_S * 2.0 ** (line.waited - 1))
+
+    def _last_look_s(self, now_s: float) -> float:
+        """When the next point is about to settle."""
+        look_s = self._settle_s - _LAST_LOOK_S
+        if look_s <= _LAST_LOOK_S:
+            return math.inf
+        return math.ceil((now_s + _WAIT_FIRST_S - look_s) / self._tick_s) * self._tick_s + look_s
+
+    async def _probe(self, line: Line) -> None:
+        """While another supply is in use, look whether one before it delivers again."""
+        while True:
+            await line.fallen_back.wait()
+            pause_s = float(self._tick_s)
+            while line.at:
+                await self._clock.sleep_until(self._clock.now() + pause_s)
+                pause_s = min(2 * pause_s, max(_PROBE_MOST_S, self._tick_s))
                 with self._clock.hold():
-                    await self._save()
-            except _NOT_STORED as error:
-                if not failing:
-                    log.error("prices_not_stored", error=str(error))
-                failing = True
-                self._to_save.set()
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _RETRY_MOST_S)
+                    await self._take_back(line)
+
+    async def _take_back(self, line: Line) -> None:
+        for at, supply in enumerate(line.supplies[: line.at]):
+            now_s = self._clock.now()
+            if supply.channel.not_before_s > now_s:
                 continue
-            if failing:
-                log.info("prices_stored_again")
-            pause_s, failing = _RETRY_FIRST_S, False
-
-    async def _save_last(self) -> None:
-        try:
-            await self._save()
-        except _NOT_STORED as error:
-            log.error("prices_not_stored", error=str(error))  # the next start fetches them again
-
-    async def _save(self) -> None:
-        """Store what is new, in one transaction. Kept for another attempt where that fails."""
-        if batches := list(self._unsaved):
-            await self._db.write(_store, batches, self._source.name, int(self._clock.now() * 1000))
-            del self._unsaved[: len(batches)]
+            until_s = self._settled_s(supply)
+            newest_s = self.book.newest_s(line.asset) or until_s - self._tick_s
+            try:
+                delivers = await self._intake.probe(line, supply, Span(newest_s - 1, until_s, self._tick_s))
+            except Exception as error:
+                supply.failed(line.asset, error, now_s)
+                continue
+            supply.recovered(line.asset)
+            if delivers and at < line.at:
+                line.use(at, self._clock.now())
+                return
 
 
-def _store(
-    conn: sqlite3.Connection, batches: list[tuple[str, list[Point]]], source: str, ingested_at_ms: int
-) -> None:
-    for asset, points in batches:
-        repositories.add_prices(conn, asset, points, source, ingested_at_ms)
+def _unknown(asset: str, error: UnknownAsset) -> str:
+    offers = ", ".join(error.offers[:_OFFERS])
+    has = f"; it has, among others, {offers}" if offers else ""
+    return f"feed: {error}{has}. Correct {asset} under [feed.symbols], or leave it out of the settings"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 Point = tuple[int, float]
 """`(timestamp_s, price)`."""
@@ -59,37 +60,54 @@ def on_grid(points: Sequence[Point], span: Span, previous: Point | None = None) 
     ]
 
 
-def missing_tail(
-    newest_s: int | None, now_s: int, *, tick_s: int, history_s: int, fine_s: int, keep_s: int
-) -> list[Span]:
-    """What lacks after the newest stored point, oldest first. `now_s` is on the grid of ticks.
-
-    Without a stored point, or with none in the last `keep_s`, that is the history. Scoring needs every tick,
-    but only where rounds lie: in the `fine_s` (the longest horizon) after the newest stored point, which
-    rounds from before a stop still reach into, and from `fine_s` before now on. In between, and in a first
-    history, the models' resolution is enough.
-    """
+def pieces(after_s: int, until_s: int, *, tick_s: int, fine_after_s: int, fine_from_s: int) -> list[Span]:
+    """`(after_s, until_s]` as spans, oldest first: every tick up to `fine_after_s` and from `fine_from_s` on,
+    the models' resolution in between."""
     coarse_s = history_step_s(tick_s)
-    after_s = fine_until_s = (now_s - history_s) // coarse_s * coarse_s
-    if newest_s is not None and newest_s >= now_s - keep_s:
-        after_s = newest_s
-        fine_until_s = (newest_s + fine_s) // coarse_s * coarse_s
-    fine_from_s = (now_s - fine_s) // coarse_s * coarse_s
-    if coarse_s == tick_s or fine_until_s >= fine_from_s:
-        spans = [Span(after_s, now_s, tick_s)]
+    fine_after_s, fine_from_s = (
+        max(at_s // coarse_s * coarse_s, after_s) for at_s in (fine_after_s, fine_from_s)
+    )
+    if coarse_s == tick_s or fine_after_s >= fine_from_s:
+        spans = [Span(after_s, until_s, tick_s)]
     else:
         spans = [
-            Span(after_s, fine_until_s, tick_s),
-            Span(fine_until_s, fine_from_s, coarse_s),
-            Span(fine_from_s, now_s, tick_s),
+            Span(after_s, min(fine_after_s, until_s), tick_s),
+            Span(fine_after_s, min(fine_from_s, until_s), coarse_s),
+            Span(fine_from_s, until_s, tick_s),
         ]
     return [span for span in spans if span.after_s < span.until_s]
 
 
-def missing_head(oldest_s: int | None, now_s: int, *, tick_s: int, history_s: int) -> list[Span]:
-    """What lacks before the oldest stored point, where the last run had a shorter `feed.history`."""
-    step_s = history_step_s(tick_s)
-    first_s = (now_s - history_s) // step_s * step_s
-    if oldest_s is None or oldest_s - first_s <= step_s:
-        return []
-    return [Span(first_s, oldest_s - 1, step_s)]
+def missing(
+    held_s: npt.NDArray[np.int64], now_s: int, *, tick_s: int, history_s: int, fine_s: int, keep_s: int
+) -> list[Span]:
+    """What lacks in a series that has the times `held_s` (int64[k], ascending), newest first.
+
+    `now_s` is on the grid of ticks. Without a point in the last `keep_s`, that is the history. Scoring needs
+    every tick, but only where rounds lie: in the `fine_s` (the longest horizon) after a point that was
+    followed by a stop, which rounds from before still reach into, and from `fine_s` before now on. Elsewhere
+    the models' resolution is enough.
+    """
+    coarse_s = history_step_s(tick_s)
+    first_s = (now_s - history_s) // coarse_s * coarse_s
+    fine_from_s = now_s - fine_s
+    held_s = held_s[held_s >= now_s - keep_s]
+    if not len(held_s):
+        return pieces(first_s, now_s, tick_s=tick_s, fine_after_s=first_s, fine_from_s=fine_from_s)[::-1]
+    spans: list[Span] = []
+    if held_s[0] - first_s > coarse_s:
+        spans.append(Span(first_s, int(held_s[0]) - tick_s, coarse_s))
+    ends_s = [*(held_s[1:] - tick_s).tolist(), now_s]
+    for place in np.flatnonzero(
+        np.diff(held_s, append=max(now_s + coarse_s, held_s[-1])) > coarse_s
+    ).tolist():
+        after_s, until_s = int(held_s[place]), ends_s[place]
+        if until_s > first_s:
+            spans += pieces(
+                after_s,
+                until_s,
+                tick_s=tick_s,
+                fine_after_s=after_s + fine_s,
+                fine_from_s=fine_from_s,
+            )
+    return spans[::-1]

@@ -1,4 +1,4 @@
-"""The live sources by name, and a host's own."""
+"""The sources by name, and a host's own."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from condor_lite.config import FeedConfig
+from condor_lite.config import Config, FeedConfig
 from condor_lite.errors import ConfigError
 from condor_lite.prices.binance import BinanceSource
 from condor_lite.prices.coinbase import CoinbaseSource
 from condor_lite.prices.crunchdao import CrunchdaoSource
 from condor_lite.prices.kraken import KrakenSource
 from condor_lite.prices.pyth import PythSource
+from condor_lite.prices.replay import ReplaySource
 from condor_lite.prices.source import Source
+from condor_lite.prices.synthetic import SyntheticSource
 from condor_lite.prices.web import WebSource
 
 LIVE: dict[str, type[WebSource]] = {
@@ -31,6 +33,21 @@ _ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "skew_s": (lambda value: value is None or isinstance(value, int | float), "seconds, or None"),
 }
 """What a host's own source has: whether a value will do, and which one does."""
+
+
+def make_sources(config: Config) -> list[Source]:
+    """The sources that `feed.source` names, in its order. Raises ConfigError where one can't be used."""
+    feed = config.feed
+    if feed.source == ("synthetic",):
+        return [SyntheticSource(feed.seed)]
+    if feed.source == ("replay",):
+        if feed.path is None:
+            raise ConfigError(['feed.path: must name the folder of <ASSET>.csv when feed.source = "replay"'])
+        source = ReplaySource.load(feed.path, config.game.assets, feed.tick_s, feed.history_s)
+        if config.game.start_s is not None:
+            source.check_start(config.game.start_s)
+        return [source]
+    return [live_source(name, feed) for name in feed.source]
 
 
 def live_source(name: str, feed: FeedConfig) -> Source:
