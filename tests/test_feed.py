@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -30,6 +31,7 @@ from condor_lite.game.entities import Setting
 from condor_lite.prices import intake, saving
 from condor_lite.prices.feed import Feed
 from condor_lite.prices.replay import ReplaySource
+from condor_lite.prices.source import SourceError, UnknownAsset
 from condor_lite.prices.sources import make_sources
 from condor_lite.prices.synthetic import SyntheticSource
 from condor_lite.storage import repositories
@@ -332,6 +334,279 @@ async def test_a_database_that_can_not_be_written_delays_no_tick_and_loses_no_po
             locked = False
     assert [entry["event"] for entry in logs] == ["prices_not_stored"]
     assert max(await stored(db, "BTC")) == T + 600
+
+
+# A live source's good and bad days
+
+
+def told(logs: list[Any], *events: str) -> list[str]:
+    return [entry["event"] for entry in logs if entry["event"] in events]
+
+
+async def test_the_history_comes_newest_first_while_the_game_runs(db: Database) -> None:
+    clock = SteppedClock(T + 2)
+    source = LiveSource(page_points=60)
+    feed = Feed(configure("BTC", history_s=DAY_S), clock, db, source)
+    await feed.start()
+    assert list(held(feed, "BTC")) == [T - 3540 + 60 * k for k in range(60)]
+    assert not feed.history_ready.is_set()
+    assert feed.states()[0].history == pytest.approx(1 / 24)
+    with capture_logs() as logs:
+        async with running(feed):
+            await clock.run_until(T + 3)
+    assert [until_s for _, _, until_s, _ in source.asked] == [T - 3600 * k for k in range(24)]
+    assert feed.history_ready.is_set()
+    assert feed.states()[0].history == 1
+    assert list(held(feed, "BTC")) == [T - DAY_S + 60 * k for k in range(1, 1441)]
+    assert await stored(db, "BTC") == held(feed, "BTC")
+    assert told(logs, "history", "history_complete")[-1] == "history_complete"
+
+
+async def test_quiet_minutes_at_the_edge_of_a_page_of_the_past_are_filled(db: Database) -> None:
+    quiet = {T - 3600, T - 3540, T - 3660}
+    clock = SteppedClock(T + 2)
+    feed = Feed(configure("BTC"), clock, db, LiveSource(page_points=60, quiet=quiet))
+    await feed.start()
+    async with running(feed):
+        await clock.run_until(T + 3)
+    points = held(feed, "BTC")
+    assert {points[ts_s] for ts_s in quiet} == {price_at(T - 3720)}
+    assert len(points) == 120
+
+
+async def test_a_history_that_a_stop_interrupted_is_completed(db: Database) -> None:
+    source = LiveSource(page_points=60, quiet={T - 3600})
+    await Feed(configure("BTC", history_s=DAY_S), SteppedClock(T + 2), db, source).start()
+    clock = SteppedClock(T + 302)
+    feed = Feed(configure("BTC", history_s=DAY_S), clock, db, source)
+    await feed.start()
+    assert len(held(feed, "BTC")) == 65
+    async with running(feed):
+        await clock.run_until(T + 303)
+    assert list(held(feed, "BTC")) == [T + 300 - DAY_S + 60 * k for k in range(1, 1441)]
+
+
+async def test_models_wait_for_the_history_only_so_long(db: Database) -> None:
+    def fault(asset: str, until_s: int) -> None:
+        if until_s < T:
+            raise SourceError("HTTP 500")
+
+    clock = SteppedClock(T + 2)
+    feed = Feed(configure("BTC"), clock, db, LiveSource(page_points=60, fault=fault))
+    with capture_logs() as logs:
+        await feed.start()
+        async with running(feed):
+            await clock.run_until(T + 119)
+            assert not feed.history_ready.is_set()
+            await clock.run_until(T + 130)
+            assert feed.history_ready.is_set()
+            assert feed.book.newest_s("BTC") == T + 120, "ticks go on meanwhile"
+    assert told(logs, "history_failing") == ["history_failing"]
+
+
+async def test_a_source_that_reaches_less_far_says_what_is_lacking(db: Database) -> None:
+    clock = SteppedClock(T + 2)
+    feed = Feed(
+        configure("BTC", history_s=DAY_S), clock, db, LiveSource(page_points=720, reach_s=12 * HOUR_S)
+    )
+    await feed.start()
+    with capture_logs() as logs:
+        async with running(feed):
+            await clock.run_until(T + 3)
+    assert told(logs, "history_is_short") == ["history_is_short"]
+    assert feed.history_ready.is_set()
+    assert len(held(feed, "BTC")) == 720
+
+
+async def test_a_fallback_gives_the_history_that_the_first_does_not_reach(db: Database) -> None:
+    first = LiveSource(page_points=720, reach_s=12 * HOUR_S)
+    second = LiveSource(name="other")
+    clock = SteppedClock(T + 2)
+    feed = Feed(configure("BTC", history_s=DAY_S), clock, db, first, second)
+    await feed.start()
+    async with running(feed):
+        await clock.run_until(T + 3)
+    series, names = await db.read(repositories.load_series, "BTC", 0, 2**40)
+    assert len(series.ts_s) == 1440
+    assert names == ("other", "exchange")
+
+
+async def test_a_point_that_is_late_is_asked_for_again_within_the_tick(db: Database) -> None:
+    clock = SteppedClock(T + 2)
+
+    def fault(asset: str, until_s: int) -> None:
+        source.quiet = {T + 60} if clock.now() < T + 67 else set()
+
+    source = LiveSource(fault=fault)
+    feed = Feed(configure("BTC"), clock, db, source)
+    await feed.start()
+    source.asked.clear()
+    times_s: list[float] = []
+    feed.subscribe(lambda assets: times_s.append(clock.now()))
+    async with running(feed):
+        await clock.run_until(T + 100)
+    assert times_s == [T + 61 + 1 + 2 + 4]
+    assert held(feed, "BTC")[T + 60] == price_at(T + 60)
+
+
+async def test_a_source_that_asks_to_be_left_alone_is(db: Database) -> None:
+    def fault(asset: str, until_s: int) -> None:
+        if asset == "BTC" and until_s == T + 60:
+            source.fault = None
+            raise SourceError("HTTP 429", retry_after_s=30)
+
+    clock = SteppedClock(T + 2)
+    source = LiveSource()
+    feed = Feed(configure(), clock, db, source)
+    await feed.start()
+    source.fault = fault
+    async with running(feed):
+        await clock.run_until(T + 90)
+        assert (feed.book.newest_s("BTC"), feed.states()[0].error) == (T, "HTTP 429")
+        await clock.run_until(T + 92)
+    assert feed.book.newest_s("BTC") == feed.book.newest_s("ETH") == T + 60
+
+
+async def test_a_correction_wins_only_before_it_can_have_been_scored(db: Database) -> None:
+    clock = SteppedClock(T + 2)
+    corrected = {T + 60: 555.0}
+
+    def price(ts_s: int) -> float:
+        seen_s = {T + 60: T + 110, T: T + 110}
+        return corrected[ts_s] if ts_s in corrected and clock.now() > seen_s[ts_s] else price_at(ts_s)
+
+    corrected[T] = 444.0
+    feed = Feed(configure("BTC"), clock, db, LiveSource(price=price))
+    await feed.start()
+    with capture_logs() as logs:
+        async with running(feed):
+            await clock.run_until(T + 200)
+    assert held(feed, "BTC")[T + 60] == 555.0
+    assert held(feed, "BTC")[T] == price_at(T)
+    assert await stored(db, "BTC") == held(feed, "BTC")
+    assert told(logs, "price_revised", "price_differs") == ["price_differs", "price_revised"]
+    (differs,) = [entry for entry in logs if entry["event"] == "price_differs"]
+    assert (differs["stands"], differs["source_says"]) == (price_at(T), 444.0)
+
+
+async def test_an_absurd_price_waits_for_another_that_confirms_it(db: Database) -> None:
+    jumps = {T + 60: 10_000.0, **{T + 60 * k: 20_000.0 + k for k in range(4, 10)}}
+    clock = SteppedClock(T + 2)
+    source = LiveSource(price=lambda ts_s: jumps.get(ts_s, 150.0))
+    feed = Feed(configure("BTC"), clock, db, source)
+    await feed.start()
+    with capture_logs() as logs:
+        async with running(feed):
+            await clock.run_until(T + 65)
+            assert feed.book.newest_s("BTC") == T
+            await clock.run_until(T + 125)
+            assert held(feed, "BTC")[T + 60] == held(feed, "BTC")[T + 120] == 150.0
+            await clock.run_until(T + 245)
+            assert feed.book.newest_s("BTC") == T + 180
+            await clock.run_until(T + 305)
+    assert (held(feed, "BTC")[T + 240], held(feed, "BTC")[T + 300]) == (20_004.0, 20_005.0)
+    assert told(logs, "price_quarantined", "price_dropped") == [
+        "price_quarantined",
+        "price_dropped",
+        "price_quarantined",
+    ]
+
+
+async def test_an_asset_that_no_source_knows_is_told_at_the_start(db: Database) -> None:
+    def fault(asset: str, until_s: int) -> None:
+        if asset == "ETH":
+            raise UnknownAsset("exchange has no ETH", offers=["BTC-USD", "XRP-USD"])
+
+    feed = Feed(configure(), SteppedClock(T), db, LiveSource(fault=fault))
+    with pytest.raises(StartError, match=r"exchange has no ETH.*BTC-USD, XRP-USD.*\[feed\.symbols\]"):
+        await feed.start()
+    other = Feed(configure(), SteppedClock(T), db, LiveSource(fault=fault), LiveSource(name="other"))
+    await other.start()
+    assert [state.source for state in other.states()] == ["exchange", "other"]
+
+
+async def test_a_clock_that_differs_is_told_once_and_waited_for(db: Database) -> None:
+    clock = SteppedClock(T + 2)
+    source = LiveSource(skew_s=-5.0)
+    feed = Feed(configure("BTC"), clock, db, source)
+    with capture_logs() as logs:
+        await feed.start()
+        async with running(feed):
+            await clock.run_until(T + 65)
+            assert feed.book.newest_s("BTC") == T, "by its own clock the candle is open"
+            await clock.run_until(T + 66)
+            assert feed.book.newest_s("BTC") == T + 60
+            source.skew_s = 0.1
+            await clock.run_until(T + 200)
+    assert told(logs, "clock_differs", "clock_agrees_again") == ["clock_differs", "clock_agrees_again"]
+    assert feed.states()[0].skew_s == 0.1
+
+
+async def test_the_next_source_takes_over_and_gives_way(db: Database) -> None:
+    clock = SteppedClock(T + 2)
+    down = False
+
+    def fault(asset: str, until_s: int) -> None:
+        if down and asset == "BTC":
+            raise SourceError("HTTP 500")
+
+    first, second = LiveSource(fault=fault), LiveSource(name="other", price=lambda ts_s: 2 * price_at(ts_s))
+    feed = Feed(configure(failover_after_s=300), clock, db, first, second)
+    with capture_logs() as logs:
+        await feed.start()
+        assert not second.asked
+        async with running(feed):
+            down = True
+            await clock.run_until(T + 299)
+            assert [state.source for state in feed.states()] == ["exchange", "exchange"]
+            await clock.run_until(T + 310)
+            assert [state.source for state in feed.states()] == ["other", "exchange"]
+            assert feed.book.newest_s("BTC") == T + 300
+            await clock.run_until(T + 600)
+            down = False
+            await clock.run_until(T + 1205)
+            assert [state.source for state in feed.states()] == ["exchange", "exchange"]
+    series, names = await db.read(repositories.load_series, "BTC", T - 120, T + 1200)
+    assert names == ("exchange", "other")
+    assert series.source is not None
+    by_source = dict(zip(series.ts_s.tolist(), series.source.tolist(), strict=True))
+    assert len(by_source) == 23
+    assert {by_source[T + 60 * k] for k in range(1, 10)} == {1}
+    assert by_source[T + 1200] == 0
+    prices = held(feed, "BTC")
+    assert all(prices[ts_s] == (1 + number) * price_at(ts_s) for ts_s, number in by_source.items()), (
+        "no price of one source is filled in for another"
+    )
+    assert told(logs, "feed_source_changed") == ["feed_source_changed"] * 2
+
+
+async def test_a_silent_market_does_not_swing_between_sources(db: Database) -> None:
+    clock = SteppedClock(T + 2)
+    quiet = set(range(T + 60, T + 3 * HOUR_S, 60))
+    sources = LiveSource(quiet=quiet), LiveSource(name="other", quiet=quiet)
+    feed = Feed(configure("BTC"), clock, db, *sources)
+    with capture_logs() as logs:
+        await feed.start()
+        async with running(feed):
+            await clock.run_until(T + 3 * HOUR_S + 300)
+    assert told(logs, "feed_source_changed") == ["feed_source_changed"] * 2, "there, and back with new prices"
+    assert feed.book.newest_s("BTC") == T + 3 * HOUR_S + 240
+
+
+async def test_at_the_start_the_next_source_is_asked_at_once(db: Database) -> None:
+    def fault(asset: str, until_s: int) -> None:
+        raise SourceError("HTTP 451: blocked here")
+
+    feed = Feed(configure("BTC"), SteppedClock(T + 2), db, LiveSource(fault=fault), LiveSource(name="other"))
+    await feed.start()
+    (state,) = feed.states()
+    assert (state.source, state.newest_ts_s) == ("other", T)
+
+
+async def test_a_simulated_game_does_not_go_on_with_live_prices(db: Database) -> None:
+    await Feed(configure("BTC"), SteppedClock(T), db, SyntheticSource(0)).start()
+    with pytest.raises(StartError, match=r"BTC prices are simulated.*another storage\.path"):
+        await Feed(configure("BTC"), SteppedClock(T + 60), db, LiveSource()).start()
 
 
 # Restarts

@@ -65,7 +65,7 @@ class Intake:
         if above is None:
             found = on_grid(points, page, below)
         else:
-            found = on_grid([*points, above], Span(page.after_s, above[0] - 1, page.step_s), below)
+            found = on_grid([*points, above], Span(page.after_s, above[0], page.step_s), below)
         self._add(line.asset, supply, found, points)
         return points[0] if points else above
 
