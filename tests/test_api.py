@@ -229,28 +229,6 @@ async def test_the_range_of_time_is_kept_in_every_notation(game: Game) -> None:
     assert plus_as_space.json() == answers[0]
 
 
-async def test_the_web_app_can_configure_itself(game: Game) -> None:
-    schema = await game.get("/reports/schema")
-
-    assert schema["schema_version"] == "1"
-    columns = schema["leaderboard_columns"]
-    row = (await game.get("/reports/leaderboard"))[0]
-    assert [column["order"] for column in columns] == sorted(column["order"] for column in columns)
-    assert {column["type"] for column in columns} == {"PROJECT", "USERNAME", "VALUE"}
-    assert all(column["property"] in row for column in columns)
-    assert columns[0]["nativeConfiguration"] == {"type": "model", "statusProperty": "status"}
-    for widget in schema["metrics_widgets"]:
-        native = widget["nativeConfiguration"]
-        rows = await game.get(widget["endpointUrl"], projectIds="1")
-        charted = [native["xAxis"]["name"], native["groupByProperty"]]
-        charted += [series["name"] for series in native["yAxis"]["series"]]
-        charted += [chosen["property"] for chosen in native["filterConfig"]]
-        charted += list((native["alertConfig"] or {}).values())
-        assert widget["id"] >= 50
-        assert rows
-        assert all(name in rows[0] for name in charted)
-
-
 async def test_feeds_are_described_and_their_tails_read(game: Game) -> None:
     rows = {row["subject"]: row for row in await game.get("/reports/feeds")}
     tail = await game.get("/reports/feeds/tail", source="synthetic", subject="BTC", limit=3)
