@@ -17,6 +17,7 @@ from scipy import special
 from condor_lite.game.families import CODES, FAMILIES, NORM, POINT, SQRT_2, SQRT_2_PI, Floats
 from condor_lite.game.mixture import Densities, Ints
 from condor_lite.game.spread import SPREADS
+from condor_lite.game.t_distance import LOWEST_DF, t_distances
 
 Flags = npt.NDArray[np.bool_]
 
@@ -24,7 +25,6 @@ T, LAPLACE, LOGISTIC = CODES["t"], CODES["laplace"], CODES["logistic"]
 SMOOTH = (NORM, T, LOGISTIC)
 
 MOST_LEAVES = 24
-LOWEST_DF = 2.0
 FURTHEST = 4.0  # between two components, in scales of the wider one
 PRECISION = 3e-8
 NODES = 24  # on one side of the middle; the coarser rules use every second and every fourth
@@ -81,6 +81,8 @@ def _distance(family: npt.NDArray[np.uint8], y: Floats, a: Floats) -> Floats:
         z, df = np.abs(y[of]), a[of].reshape(shape)
         if code == NORM:
             out[of] = z * special.erf(z / SQRT_2) + (2.0 / SQRT_2_PI) * np.exp(-0.5 * z * z)
+        elif code == T and z.ndim > 1:
+            out[of] = t_distances(z, a[of])
         elif code == T:
             density = FAMILIES[T].pdf(z, df, df)
             out[of] = z * (1.0 - 2.0 * special.stdtr(df, -z)) + 2.0 * (df + z * z) / (df - 1.0) * density

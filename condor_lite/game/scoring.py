@@ -43,7 +43,7 @@ __all__ = [
 
 # Raise it whenever a change makes any score come out different: scores are stored under the rules'
 # fingerprint.
-SCORER_REVISION = 2
+SCORER_REVISION = 3
 
 LOWEST_PROBABILITY = 1e-9
 HIGHEST_DENSITY = 1e12
