@@ -151,6 +151,10 @@ FAULTS: list[tuple[Any, str]] = [
     (leaf("norm", mu=1), "unknown parameter 'mu'; norm has loc, scale"),
     (leaf("t", loc=10**400), "loc is too large"),
     ({"type": "builtin", "name": "t", "params": {}}, "df is missing"),
+    (leaf("t", df=None), "df must be a number"),
+    (leaf("t", df=1e10), "df must be between 1e-06 and 1e+09"),
+    (leaf("norm", df=None), "unknown parameter 'df'; norm has loc, scale"),
+    (leaf("laplace", df=3), "unknown parameter 'df'; laplace has loc, scale"),
     (leaf("t", df=0.5), "df must be > 0.5: its CRPS is infinite otherwise"),
     (leaf("pareto", b=0.5), "b must be > 0.5: its CRPS is infinite otherwise"),
     (leaf("f", dfd=1), "dfd must be > 1: its CRPS is infinite otherwise"),
@@ -427,11 +431,24 @@ def test_mutated_answers_are_sound_or_rejected(changes: list[tuple[int, int]]) -
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9), st.floats(0, 1e308)), min_size=1, max_size=5
+        st.tuples(
+            st.sampled_from(["norm", "t", "laplace", "logistic", "cauchy", "expon"]),
+            st.floats(-1e9, 1e9),
+            st.floats(1e-9, 1e9),
+            st.floats(0.4, 1e9),
+            st.floats(0, 1e308),
+        ),
+        min_size=1,
+        max_size=5,
     )
 )
-def test_both_ways_of_reading_agree(parts: list[tuple[float, float, float]]) -> None:
-    density = mixture(*[(leaf("norm", loc=loc, scale=scale), weight) for loc, scale, weight in parts])
+def test_both_ways_of_reading_agree(parts: list[tuple[str, float, float, float, float]]) -> None:
+    density = mixture(
+        *[
+            (leaf(name, loc=loc, scale=scale, **({"df": df} if name == "t" else {})), weight)
+            for name, loc, scale, df, weight in parts
+        ]
+    )
     payload, setting = json.dumps([density]).encode(), Setting("BTC", 300, 300)
     try:
         careful = Reader(setting, LIMITS, "crps", 1.0).read(msgspec.json.decode(payload))

@@ -1,29 +1,38 @@
 """A model's answer -> checked densities as flat arrays, in bounded time and memory.
 
-Two ways lead to the same `Densities`. Most answers are made of normal distributions: those are read straight
-into typed records (msgspec checks names and types while it parses) and checked as arrays. Everything else,
-and everything that fails there, goes through `Reader`, which walks the plain JSON and knows what to say to a
-participant.
+Two ways lead to the same `Densities`. Most answers are made of normal distributions, or of others on the
+whole line: those are read straight into typed records (msgspec checks names and types while it parses) and
+checked as arrays. Everything else, and everything that fails there, goes through `Reader`, which walks the
+plain JSON and knows what to say to a participant.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
+from math import nan
 from operator import attrgetter, eq
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from condor_lite.errors import InvalidAnswer
 from condor_lite.game.answer import FURTHEST, HIGHEST_SCALE, LOWEST_SCALE, Limits, Reader
 from condor_lite.game.entities import Setting
-from condor_lite.game.families import NORM, Floats
+from condor_lite.game.families import BY_NAME, CODES, NORM, Floats
 from condor_lite.game.mixture import Densities, Ints
 
 __all__ = ["Densities", "Limits", "decode"]
+
+Leaf = TypeVar("Leaf")
+Codes = npt.NDArray[np.uint8]
+
+T = CODES["t"]
+(_DF,) = BY_NAME["t"][1].shapes
 
 
 def decode(
@@ -40,9 +49,9 @@ def decode(
         raise InvalidAnswer(
             f"the answer has {len(payload)} bytes; at most {limit} are accepted for {n} segments"
         )
-    normal = _decode_normal(payload, setting, limits, scale_unit)
-    if normal is not None:
-        return normal
+    densities = _decode_fast(payload, setting, limits, scale_unit)
+    if densities is not None:
+        return densities
     return Reader(setting, limits, rule, scale_unit).read(_parse(payload))
 
 
@@ -75,12 +84,18 @@ def _segment_at(payload: bytes, at: int) -> str:
     return f"segment {segment}" if segment else "before the first segment"
 
 
-# --- the fast way: normal distributions and their mixtures ----------
+# --- the fast way: distributions on the whole line, and their mixtures ----------
 
 
 class _Params(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     loc: float = 0.0
     scale: float = 1.0
+
+
+class _Shaped(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    loc: float = 0.0
+    scale: float = 1.0
+    df: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Normal(msgspec.Struct, gc=False):
@@ -89,83 +104,102 @@ class _Normal(msgspec.Struct, gc=False):
     params: _Params
 
 
-class _Component(msgspec.Struct, gc=False):
-    density: _Normal
+class _Smooth(msgspec.Struct, gc=False):
+    type: Literal["builtin", "scipy"]
+    name: Literal["norm", "t", "laplace", "logistic", "cauchy"]
+    params: _Shaped
+
+
+class _FlatNormal(_Normal, gc=False):
+    step: float | msgspec.UnsetType = msgspec.UNSET
+    prediction: msgspec.UnsetType = msgspec.UNSET
+
+
+class _FlatSmooth(_Smooth, gc=False):
+    step: float | msgspec.UnsetType = msgspec.UNSET
+    prediction: msgspec.UnsetType = msgspec.UNSET
+
+
+class _Component(msgspec.Struct, Generic[Leaf], gc=False):
+    density: Leaf
     weight: float
 
 
-class _Mixture(msgspec.Struct, gc=False):
+class _Mixture(msgspec.Struct, Generic[Leaf], gc=False):
     type: Literal["mixture"]
-    components: list[_Component]
+    components: list[_Component[Leaf]]
 
 
-class _FlatNormal(msgspec.Struct, gc=False):
-    type: Literal["builtin", "scipy"]
-    name: Literal["norm"]
-    params: _Params
+class _FlatMixture(_Mixture[Leaf], Generic[Leaf], gc=False):
     step: float | msgspec.UnsetType = msgspec.UNSET
     prediction: msgspec.UnsetType = msgspec.UNSET
 
 
-class _FlatMixture(msgspec.Struct, gc=False):
-    type: Literal["mixture"]
-    components: list[_Component]
-    step: float | msgspec.UnsetType = msgspec.UNSET
-    prediction: msgspec.UnsetType = msgspec.UNSET
-
-
-class _WrappedNormal(msgspec.Struct, gc=False):
-    prediction: _Normal
+class _Wrapped(msgspec.Struct, Generic[Leaf], gc=False):
+    prediction: Leaf
     step: float | msgspec.UnsetType = msgspec.UNSET
     type: msgspec.UnsetType = msgspec.UNSET
 
 
-class _WrappedMixture(msgspec.Struct, gc=False):
-    prediction: _Mixture
-    step: float | msgspec.UnsetType = msgspec.UNSET
-    type: msgspec.UnsetType = msgspec.UNSET
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What to read a payload as; where a segment's components are (None: it is a leaf itself), where in a
+    component, or segment, its leaf's fields are. `normal`: whether it holds nothing else.
+    """
+
+    decoder: msgspec.json.Decoder[Any]
+    components: Callable[[Any], list[Any]] | None
+    leaf: str
+    normal: bool
+
+    def fields(self, leaves: list[Any], name: str) -> Iterator[Any]:
+        return map(attrgetter(self.leaf + name), leaves)
 
 
-# What to read a payload as; where a segment's components are (None: it is a plain normal), where a leaf's
-# parameters.
-_SHAPES: tuple[tuple[Any, Callable[[Any], list[Any]] | None, Callable[[Any], _Params]], ...] = (
-    (
-        msgspec.json.Decoder(list[_WrappedMixture]),
-        attrgetter("prediction.components"),
-        attrgetter("density.params"),
-    ),
-    (
-        msgspec.json.Decoder(list[_FlatMixture]),
-        attrgetter("components"),
-        attrgetter("density.params"),
-    ),
-    (msgspec.json.Decoder(list[_WrappedNormal]), None, attrgetter("prediction.params")),
-    (msgspec.json.Decoder(list[_FlatNormal]), None, attrgetter("params")),
-)
+def _shapes(leaf: Any, flat: Any) -> Iterator[_Shape]:
+    nested, normal = attrgetter("prediction.components"), leaf is _Normal
+    yield _Shape(msgspec.json.Decoder(list[_Wrapped[_Mixture[leaf]]]), nested, "density.", normal)
+    yield _Shape(msgspec.json.Decoder(list[_FlatMixture[leaf]]), attrgetter("components"), "density.", normal)
+    yield _Shape(msgspec.json.Decoder(list[_Wrapped[leaf]]), None, "prediction.", normal)
+    yield _Shape(msgspec.json.Decoder(list[flat]), None, "", normal)
 
 
-def _decode_normal(payload: bytes, setting: Setting, limits: Limits, unit: float) -> Densities | None:
+_SHAPES = (*_shapes(_Normal, _FlatNormal), *_shapes(_Smooth, _FlatSmooth))
+
+
+def _decode_fast(payload: bytes, setting: Setting, limits: Limits, unit: float) -> Densities | None:
     """Densities, or None where the answer is of another kind or has a fault that `Reader` will name."""
-    for decoder, components_of, params_of in _SHAPES:
+    for shape in _SHAPES:
         try:
-            segments = decoder.decode(payload)
+            segments = shape.decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
         n = len(segments)
         if n != setting.segments or not _steps_fit([item.step for item in segments], setting.step_s):
             return None
-        if components_of is None:
+        if shape.components is None:
             leaves, counts, weight = segments, np.ones(n, np.intp), np.ones(n)
         else:
-            groups = list(map(components_of, segments))
+            groups = list(map(shape.components, segments))
             counts = np.fromiter(map(len, groups), np.intp, n)
             if counts.min() < 1 or counts.max() > limits.max_components:
                 return None
             leaves = list(chain.from_iterable(groups))
             weight = np.array([leaf.weight for leaf in leaves])
-        params = list(map(params_of, leaves))
+        params = list(shape.fields(leaves, "params"))
         loc, scale = np.array([one.loc for one in params]), np.array([one.scale for one in params])
-        return _normals(counts, weight, loc, scale, unit)
+        if shape.normal:
+            family, a = np.full(len(loc), NORM, np.uint8), np.zeros(len(loc))
+        else:
+            names = list(shape.fields(leaves, "name"))
+            family = np.fromiter(map(CODES.__getitem__, names), np.uint8, len(loc))
+            a = np.array([nan if one.df is msgspec.UNSET else one.df for one in params])
+            if ((family == T) == np.isnan(a)).any():
+                return None
+            a = np.where(family == T, a, 0.0)
+            if not ((family != T) | ((a > _DF.above) & (a >= _DF.lowest) & (a <= _DF.highest))).all():
+                return None
+        return _gathered(counts, weight, family, loc, scale, a, unit)
     return None
 
 
@@ -176,7 +210,9 @@ def _steps_fit(steps: list[Any], step_s: int) -> bool:
     )
 
 
-def _normals(counts: Ints, weight: Floats, loc: Floats, scale: Floats, unit: float) -> Densities | None:
+def _gathered(
+    counts: Ints, weight: Floats, family: Codes, loc: Floats, scale: Floats, a: Floats, unit: float
+) -> Densities | None:
     n = len(counts)
     segment = np.repeat(np.arange(n), counts)
     starts = np.cumsum(counts) - counts
@@ -192,7 +228,5 @@ def _normals(counts: Ints, weight: Floats, loc: Floats, scale: Floats, unit: flo
         return None
     weight = weight / largest[segment]
     weight /= np.bincount(segment, weight, n)[segment]
-    none = np.zeros(len(loc))
-    family = np.full(len(loc), NORM, np.uint8)
-    densities = Densities(n, segment, family, weight, loc, scale, none, none)
+    densities = Densities(n, segment, family, weight, loc, scale, a, np.zeros(len(loc)))
     return densities if weight.all() else densities.leaves(np.flatnonzero(weight))
