@@ -130,7 +130,11 @@ def _check_feed(document: Document, config: Config) -> None:
     if document.is_sound("feed.tick", "feed.failover_after") and feed.failover_after_s < 2 * feed.tick_s:
         right = f'must be at least 2 ticks of "{shown_duration(feed.tick_s)}": one is a quiet market'
         document.complain("feed.failover_after", right)
-    extra = sorted(feed.symbols.keys() - set(game.assets))
+    own = {key: names for key, names in feed.symbols.items() if isinstance(names, dict)}
+    if document.is_sound("feed.source") and (strangers := sorted(own.keys() - set(feed.source))):
+        document.complain("feed.symbols", f"{', '.join(strangers)} is not in feed.source")
+    named = set(feed.symbols).union(*own.values()) - set(own)
+    extra = sorted(named - set(game.assets))
     if extra and document.is_sound("game.settings"):
         right = f"no setting asks for {', '.join(extra)}, only for {', '.join(game.assets)}"
         document.complain("feed.symbols", right)

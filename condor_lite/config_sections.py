@@ -24,7 +24,6 @@ from condor_lite.config_values import (
     host,
     integer,
     is_web_address,
-    mapping,
     moment,
     number,
     path,
@@ -148,9 +147,10 @@ class FeedConfig:
         "redirects any HTTP feed (a proxy, a test server)",
         default="",
     )
-    symbols: dict[str, str] = documented(
-        mapping('must be a section of strings, such as BTC = "BTC-USD"'),
-        'section `[feed.symbols]`: an asset\'s name at the source, `BTC = "BTC-USD"`',
+    symbols: dict[str, str | dict[str, str]] = documented(
+        Kind("table of strings", lambda value, _: _read_symbols(value)),
+        'section `[feed.symbols]`: an asset\'s name at the source, `BTC = "BTC-USD"`; where there are '
+        "several sources, `[feed.symbols.kraken]` says what one of them calls it",
         default_factory=dict,
         shown="per source",
     )
@@ -159,6 +159,12 @@ class FeedConfig:
     def simulated(self) -> bool:
         """Whether the prices are not those of a market now."""
         return self.source[0] in SIMULATED_SOURCES
+
+    def symbols_at(self, source: str) -> dict[str, str]:
+        """What the assets are called at `source`, as far as the config says."""
+        own = self.symbols.get(source, {})
+        of_all = {asset: symbol for asset, symbol in self.symbols.items() if isinstance(symbol, str)}
+        return of_all | own if isinstance(own, dict) else of_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +366,22 @@ def _read_sources(value: Any, base: Path) -> tuple[str, ...]:
         if name in SIMULATED_SOURCES and len(names) > 1:
             raise WrongValueError(f'must be live sources in a list; "{name}" stands alone')
     return names
+
+
+def _read_symbols(value: Any) -> dict[str, str | dict[str, str]]:
+    def is_name(item: Any) -> bool:
+        return isinstance(item, str) and item != ""
+
+    if not isinstance(value, dict) or not all(
+        is_name(item)
+        or (key in LIVE_SOURCES and isinstance(item, dict) and all(is_name(name) for name in item.values()))
+        for key, item in value.items()
+    ):
+        raise WrongValueError(
+            'must be a section of strings, such as BTC = "BTC-USD", with sections for single sources in it, '
+            "such as [feed.symbols.kraken]"
+        )
+    return dict(value)
 
 
 def _read_base_url(value: Any) -> str:

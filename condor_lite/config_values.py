@@ -196,17 +196,6 @@ def strings(right: str, allowed: Callable[[str], bool] = bool, *, at_least: int 
     return Kind("list of strings", read)
 
 
-def mapping(right: str) -> Kind:
-    """A table of strings."""
-
-    def read(value: Any, _: Path) -> dict[str, str]:
-        if not isinstance(value, dict) or not all(isinstance(item, str) and item for item in value.values()):
-            raise WrongValueError(right)
-        return dict(value)
-
-    return Kind("table of strings", read)
-
-
 def path(*, optional: bool = False) -> Kind:
     """An absolute path, from one relative to the config file's folder. Optional: "" stands for none."""
 

@@ -329,7 +329,7 @@ def test_an_asset_that_no_source_has_is_told(
     config = tmp_path / "config.toml"
     config.write_text(CONFIG.replace('["BTC"]', '["BTC", "XAU"]'))
     (problem,) = check(read(FEED__SOURCE="coinbase"))
-    assert problem.startswith("XAU: coinbase has no symbol for XAU, unless [feed.symbols] names one: ")
+    assert problem.startswith("XAU: coinbase has no symbol for XAU, unless [feed.symbols] names it: ")
     assert check(read(FEED__SOURCE='["coinbase", "crunchdao"]')) == []
     assert len(check(read(FEED__SOURCE='["coinbase", "binance"]'))) == 2
     config.write_text(config.read_text() + '[feed.symbols]\nXAU = "PAXG-USD"\n')

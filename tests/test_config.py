@@ -270,7 +270,14 @@ WRONG = [
     ("feed.max_staleness = 59", 'must be at least a tick, "60s"'),
     ('feed.base_url = "ftp://x"', "must be an http(s) address"),
     ("feed.symbols = {BTC = 1}", "must be a section of strings"),
+    ("feed.symbols = {kraken = {BTC = 1}}", "must be a section of strings"),
+    ('feed.symbols = {BTC = {BTC = "a"}}', "must be a section of strings"),
     ('feed.symbols = {BTCC = "x"}', "no setting asks for BTCC, only for BTC, ETH"),
+    (
+        'feed.source = "kraken"\nfeed.symbols = {kraken = {BTCC = "x"}}',
+        "no setting asks for BTCC, only for BTC, ETH",
+    ),
+    ('feed.source = "kraken"\nfeed.symbols = {coinbase = {BTC = "x"}}', "coinbase is not in feed.source"),
     ('orchestrator.mode = "docker"', 'must be "local" or "remote"'),
     ('orchestrator.host = "0.0.0.0"', "must be a loopback address"),
     ("orchestrator.port = 8000", "report.port = 8000 (the default): must differ from orchestrator.port"),
@@ -490,3 +497,10 @@ def test_a_speed_at_which_ticks_run_together_is_refused(problems: Callable[..., 
     assert len(found) == 1
     assert "game.speed" in found[0]
     assert "at most 250" in found[0]
+
+
+def test_a_source_may_have_symbols_of_its_own(read: Callable[..., Config]) -> None:
+    names = '{BTC = "a", ETH = "b", kraken = {ETH = "c"}}'
+    feed = read(f'feed.source = ["coinbase", "kraken"]\nfeed.symbols = {names}').feed
+    assert feed.symbols_at("coinbase") == {"BTC": "a", "ETH": "b"}
+    assert feed.symbols_at("kraken") == {"BTC": "a", "ETH": "c"}

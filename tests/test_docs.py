@@ -7,6 +7,8 @@ from pathlib import Path
 
 from condor_lite import __version__, cli
 from condor_lite import config as configuration
+from condor_lite.config_sections import LIVE_SOURCES, SIMULATED_SOURCES
+from condor_lite.prices.sources import LIVE
 from condor_lite.report.api import ENDPOINTS, PAGES
 
 ROOT = Path(__file__).parent.parent
@@ -33,3 +35,11 @@ def test_every_endpoint_is_in_the_readme_and_the_other_way_round() -> None:
     table = README.split("## HTTP API")[1].split("\n## ")[0]
     listed = {path.split("?")[0] for path in re.findall(r"`(/[^`]+)`", table)}
     assert listed == {route.path.replace(":path", "") for route in (*ENDPOINTS, *PAGES)} - {"/"}
+
+
+def test_every_source_is_in_the_readme_and_the_other_way_round() -> None:
+    table = README.split("## Live prices")[1].split("\n## ")[0]
+    listed = set(
+        re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)[1:]))
+    )
+    assert listed == set(SIMULATED_SOURCES + LIVE_SOURCES) == {*SIMULATED_SOURCES, *LIVE}

@@ -170,3 +170,38 @@ async def test_the_program_has_its_history_from_the_exchange_and_stops_cleanly(c
     assert process.returncode == 0, console.decode()
     assert b"prices=coinbase" in console
     assert b"HTTP Request" not in console, "a line for each request"
+
+
+async def test_rounds_over_an_hour_without_trades_are_void_and_say_so(
+    challenge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CoinbaseSource, "rate_per_s", 1e6)
+    clock = SteppedClock(START_S - 30)
+    halted = range(START_S + 10 * MINUTE_S, START_S + 70 * MINUTE_S)
+    async with PriceServer(
+        now=clock.now, silent=lambda symbol, at_s: symbol == "BTC-USD" and at_s in halted
+    ) as server:
+        environ = {"CONDOR_LITE__FEED__BASE_URL": server.url, "CONDOR_LITE__SCORING__VOID_AFTER": "15m"}
+        config = configuration.load(challenge / "config.toml", environ)
+        async with playing(config, clock) as game:
+            await until(lambda: ready(game))
+            await clock.run_until(START_S + 100 * MINUTE_S)
+            await game.journal.flushed()
+            await game.score.finish()
+    rounds = {
+        asset: {
+            (at_s - START_S) // MINUTE_S: (status, reason)
+            for at_s, status, reason in read(
+                challenge, f"SELECT scheduled_at_s, status, reason FROM round WHERE asset = '{asset}'"
+            )
+        }
+        for asset in ("BTC", "ETH")
+    }
+    void = ("void", "no price of BTC came within 900 s of the end of the round")
+    assert [rounds["BTC"][at] for at in (0, 2, 4, 6)] == [("scored", None)] * 4
+    assert [rounds["BTC"][at] for at in (8, 10, 12)] == [void] * 3, (
+        "asked before trading stopped, or just after"
+    )
+    assert {rounds["BTC"][at][0] for at in range(14, 72, 2)} == {"skipped"}
+    assert {rounds["BTC"][at][0] for at in range(72, 96, 2)} == {"scored"}
+    assert {rounds["ETH"][at][0] for at in range(1, 95, 2)} == {"scored"}

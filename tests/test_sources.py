@@ -405,6 +405,15 @@ async def test_gold_is_not_silently_a_token_of_it(server: PriceServer, name: str
     await source.aclose()
 
 
+async def test_two_sources_may_call_an_asset_differently(server: PriceServer) -> None:
+    symbols = {"BTC": "BTC-EUR", "kraken": {"BTC": "XBTUSD"}}
+    for name, symbol in (("coinbase", "BTC-EUR"), ("kraken", "XBTUSD")):
+        source = make(name, server, symbols=symbols)
+        assert source.symbol("BTC") == symbol
+        assert await hour(source)
+        await source.aclose()
+
+
 @pytest.mark.parametrize(
     ("name", "symbol", "offer"),
     [

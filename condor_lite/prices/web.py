@@ -86,7 +86,7 @@ class WebSource:
             )
         self.skew_s: float | None = None
         self.page_points = max(1, self.rows * self.candle_s // feed.tick_s)
-        self._symbols = {**self.symbols, **feed.symbols}
+        self._symbols = {**self.symbols, **feed.symbols_at(self.name)}
         self._base = feed.base_url or self.base
         self._client = httpx.AsyncClient(
             timeout=_TIMEOUT_S,
@@ -134,7 +134,7 @@ class WebSource:
             else:
                 hint = f'say what it is called there, {asset} = "..."'
             raise UnknownAsset(
-                f"{self.name} has no symbol for {asset}, unless [feed.symbols] names one: {hint}",
+                f"{self.name} has no symbol for {asset}, unless [feed.symbols] names it: {hint}",
                 offers=tuple(self.symbols.values()),
             ) from None
 
