@@ -392,7 +392,7 @@ async def test_online_each_asset_that_fails_gets_its_line(tmp_path: Path, price_
     assert first == "condor-lite: problems:"
     assert eth == "  ETH: no price in the last hour; is its market closed?"
     assert sol.startswith("  SOL: coinbase at ")
-    assert sol.endswith('does not know "SOL-USB" for SOL: set SOL under [feed.symbols]; it has SOL-USD')
+    assert sol.endswith('does not know "SOL-USB" for SOL; it has SOL-USD')
     assert "DOGE-USD: the answer is not what it should be" in doge
     assert clock == "  this machine's clock is 3600 s behind that of coinbase: set it by NTP"
 

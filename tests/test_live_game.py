@@ -13,6 +13,7 @@ import time
 from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -21,6 +22,7 @@ import pytest
 
 from condor_lite import config as configuration
 from condor_lite.clock import SteppedClock
+from condor_lite.prices import web
 from condor_lite.prices.coinbase import CoinbaseSource
 from condor_lite.supervisor import Game, playing
 from tests.price_server import Fault, PriceServer, price
@@ -69,6 +71,15 @@ def challenge(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SteppedClock:
+    """The game's, the exchange's and this machine's."""
+    stepped = SteppedClock(START_S - 30)
+    monkeypatch.setattr(web, "time", SimpleNamespace(time=stepped.now))
+    monkeypatch.setattr(CoinbaseSource, "rate_per_s", 1e6)
+    return stepped
+
+
 def ready(game: Game) -> bool:
     return any(known.lane is not None and known.lane.ready for known in game.predict.participants.values())
 
@@ -84,11 +95,7 @@ def read(folder: Path, sql: str) -> list[tuple[Any, ...]]:
         return db.execute(sql).fetchall()
 
 
-async def test_an_outage_is_survived_without_a_price_made_up(
-    challenge: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(CoinbaseSource, "rate_per_s", 1e6)
-    clock = SteppedClock(START_S - 30)
+async def test_an_outage_is_survived_without_a_price_made_up(challenge: Path, clock: SteppedClock) -> None:
     async with PriceServer(now=clock.now) as server:
         environ = {"CONDOR_LITE__FEED__BASE_URL": server.url}
         config = configuration.load(challenge / "config.toml", environ)
@@ -173,10 +180,8 @@ async def test_the_program_has_its_history_from_the_exchange_and_stops_cleanly(c
 
 
 async def test_rounds_over_an_hour_without_trades_are_void_and_say_so(
-    challenge: Path, monkeypatch: pytest.MonkeyPatch
+    challenge: Path, clock: SteppedClock
 ) -> None:
-    monkeypatch.setattr(CoinbaseSource, "rate_per_s", 1e6)
-    clock = SteppedClock(START_S - 30)
     halted = range(START_S + 10 * MINUTE_S, START_S + 70 * MINUTE_S)
     async with PriceServer(
         now=clock.now, silent=lambda symbol, at_s: symbol == "BTC-USD" and at_s in halted
@@ -205,3 +210,21 @@ async def test_rounds_over_an_hour_without_trades_are_void_and_say_so(
     assert {rounds["BTC"][at][0] for at in range(14, 72, 2)} == {"skipped"}
     assert {rounds["BTC"][at][0] for at in range(72, 96, 2)} == {"scored"}
     assert {rounds["ETH"][at][0] for at in range(1, 95, 2)} == {"scored"}
+
+
+async def test_an_asset_that_the_exchange_does_not_know_keeps_it_from_starting(challenge: Path) -> None:
+    with (challenge / "config.toml").open("a") as file:
+        file.write('\n[feed.symbols]\nETH = "ETH-USB"\n')
+    async with PriceServer() as server:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "condor_lite"),
+            cwd=challenge,
+            env={**os.environ, "CONDOR_LITE__FEED__BASE_URL": server.url},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        _, complaint = await process.communicate()
+    assert process.returncode == 2
+    assert b'does not know "ETH-USB" for ETH' in complaint
+    assert b"ETH-USD" in complaint
+    assert b"Traceback" not in complaint

@@ -184,7 +184,7 @@ class WebSource:
             except (SourceError, msgspec.DecodeError):
                 pass  # what is wrong is clear without them
         raise UnknownAsset(
-            f'{self} does not know "{symbol}" for {asset}: set {asset} under [feed.symbols]',
+            f'{self} does not know "{symbol}" for {asset}',
             offers=offers or tuple(self.symbols.values()),
         )
 
