@@ -54,7 +54,9 @@ async def leaderboard(context: Context, sent: LeaderboardParams) -> Reply:
     if sent.limit == DEFAULT_LIMIT:
         return made.windows[sent.window]
     standings = made.by_window[sent.window][: sent.limit]
-    return pack(window_leaderboard(sent.window, standings, made.versions), context.max_age_s)
+    return await context.in_thread(
+        lambda: pack(window_leaderboard(sent.window, standings, made.versions), context.max_age_s)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +141,11 @@ async def rounds(context: Context, sent: RoundsParams) -> Reply:
         before_round_no=before.round_no if before else None,
         limit=sent.limit + 1,
     )
-    page = found[: sent.limit]
     headers = {}
-    if len(found) > len(page):
-        headers["x-next-before"] = f"{page[-1]['scheduled_at_s']}_{page[-1]['round_no']}"
-    return await context.rows(page, _round_row, _BRIEFLY_S, headers)
+    if len(found) > sent.limit:
+        del found[sent.limit :]
+        headers["x-next-before"] = f"{found[-1]['scheduled_at_s']}_{found[-1]['round_no']}"
+    return await context.rows(found, _round_row, _BRIEFLY_S, headers)
 
 
 @dataclass(frozen=True, slots=True)

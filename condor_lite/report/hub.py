@@ -99,13 +99,18 @@ async def predictions(context: Context, sent: PredictionsParams) -> Reply:
             before = (sent.before.round_no, sent.before.model_no or 0)
     numbers = await _chosen(context, sent.project_ids)
     found = await queries.predictions(context.readers, numbers, start_s, end_s, sent.limit + 1, before)
-    page = found[: sent.limit]
     headers = {}
-    if len(found) > len(page):
-        last = page[-1]
+    if len(found) > sent.limit:
+        del found[sent.limit :]
+        last = found[-1]
         headers["x-next-before"] = f"{last['scheduled_at_s']}_{last['round_no']}_{last['model_no']}"
-    page.sort(key=lambda row: (row["scheduled_at_s"], row["round_no"], row["model_no"]))
-    return await context.rows(page, _prediction_row, _BRIEFLY_S, headers)
+    return await context.rows(
+        found,
+        _prediction_row,
+        _BRIEFLY_S,
+        headers,
+        order=lambda row: (row["scheduled_at_s"], row["round_no"], row["model_no"]),
+    )
 
 
 async def schema(context: Context, sent: params.NoParams) -> Reply:
@@ -138,7 +143,8 @@ async def feed_tail(context: Context, sent: TailParams) -> Reply:
     for subject in subjects:
         rows += await queries.feed_tail(context.readers, subject, sent.source, sent.limit)
     rows.sort(key=lambda row: row["ts_s"], reverse=True)
-    return await context.rows(rows[: sent.limit], partial(_feed_point_row, granularity), _BRIEFLY_S)
+    del rows[sent.limit :]
+    return await context.rows(rows, partial(_feed_point_row, granularity), _BRIEFLY_S)
 
 
 async def _snapshots(

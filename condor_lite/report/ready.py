@@ -15,7 +15,7 @@ from condor_lite.report.answers import (
     WindowLeaderboard,
     moment,
 )
-from condor_lite.report.replies import Reply, pack
+from condor_lite.report.replies import Reply, encode_rows, pack
 
 DEFAULT_LIMIT = 100
 
@@ -81,10 +81,13 @@ def make(
             for window in Window
         },
         hub_leaderboard=pack(
-            [_leaderboard_row(standing, connected, moment(created_at_s), versions) for standing in standings],
+            encode_rows(
+                _leaderboard_row(standing, connected, moment(created_at_s), versions)
+                for standing in standings
+            ),
             max_age_s,
         ),
-        hub_models=pack([_model_row(standing.model) for standing in standings], max_age_s),
+        hub_models=pack(encode_rows(_model_row(standing.model) for standing in standings), max_age_s),
     )
 
 
