@@ -314,7 +314,11 @@ class PredictLoop:
         Only those have a vote who answered before; who is silent for several rounds on end loses it.
         """
         if not open_round.asked:
-            return "no model was connected"
+            lanes = [known.lane for known in by_no.values() if known.lane is not None]
+            if not lanes:
+                return "no model was connected"
+            paused = all(lane.paused for lane in lanes)
+            return "every connected model is paused" if paused else "no connected model was ready to be asked"
         voters = [no for no in open_round.outcomes if by_no[no].trusted]
         silent = [by_no[no] for no in voters if open_round.outcomes[no] is AnswerStatus.TIMEOUT]
         if len(voters) < _SUSPECT_FROM or 2 * len(silent) <= len(voters):

@@ -336,3 +336,12 @@ async def test_a_setup_reply_that_is_no_message_is_reported_as_such(tmp_path: Pa
         assert (report["model_id"], report["failure_code"]) == ("garbled", "MULTIPLE_FAILED")
         assert "Setup failed: the model's server sent bytes" in report["failure_reason"]
         assert stage.ready("good")
+
+
+async def test_a_round_that_finds_all_models_paused_says_so(tmp_path: Path) -> None:
+    async with staged(tmp_path) as stage:
+        await stage.join(ModelServer("a"), ModelServer("b"))
+        for model_id in ("a", "b"):
+            stage.predict.pause(model_id)
+        await stage.play(30)
+        assert {closed.reason for closed in stage.closed[1:]} == {"every connected model is paused"}

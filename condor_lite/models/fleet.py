@@ -33,6 +33,7 @@ from condor_lite.pacer import Pacer
 log = structlog.get_logger()
 
 _RECONNECT_S = 1.0
+_TOLD_ANEW_S = 60.0  # how soon after another message that can't be read the list is asked for again
 _MAX_EVENT_BYTES = 32 * 2**20  # an `init` of 1,000 models takes about 250 kB
 _CONNECTS_A_TURN = 1
 _MOST_SETUPS = 6  # in a row, without one good answer
@@ -123,6 +124,7 @@ class Fleet:
         self._berths: dict[str, dict[str, _Berth]] = {}
         self._orders = itertools.count()
         self._pacer = Pacer(_CONNECTS_A_TURN)
+        self._told_anew_s = -math.inf
         self._tasks: TaskGroup | None = None
         self.running: dict[str, Connection] = {}
         """By `model_id`, who is connected and set up."""
@@ -157,11 +159,13 @@ class Fleet:
                         lost = False
                         await self._socket._send_pending_messages()
                         async for message in self._socket.websocket:
-                            self._on_message(message)
+                            if not self._on_message(message) and time.monotonic() >= self._told_anew_s:
+                                self._told_anew_s = time.monotonic() + _TOLD_ANEW_S
+                                await self._socket.disconnect()
                     except (OSError, TimeoutError, websockets.WebSocketException) as error:
                         problem = first_line(str(error)) or type(error).__name__
                     else:
-                        problem = "it closed the connection"
+                        problem = "the connection was closed"
                     if not lost:
                         log.warning("orchestrator_lost", url=self._url, error=problem)
                     lost = True
@@ -174,16 +178,17 @@ class Fleet:
 
     # -- what the orchestrator says ------------------------------------------------------------------------
 
-    def _on_message(self, message: str | bytes) -> None:
+    def _on_message(self, message: str | bytes) -> bool:
+        """Whether it could be read; otherwise somebody may have come or gone, and only an `init` tells."""
         try:
             said = json.loads(message)
             event, data = said["event"], said["data"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("orchestrator_message_ignored", error=f"{type(error).__name__}: {error}"[:200])
-            return
+            return False
         if event not in ("init", "update") or not isinstance(data, list):
             log.warning("orchestrator_message_ignored", error=f"no list of models: {str(said)[:120]}")
-            return
+            return False
         entries = [entry for entry in data if _usable(entry)]
         if len(entries) < len(data):
             log.warning("orchestrator_entries_ignored", count=len(data) - len(entries))
@@ -192,6 +197,7 @@ class Fleet:
             self._drop_all_but(entries, {str(entry.get("model_id")) for entry in unclear})
         for entry in entries:
             self._on_entry(entry)
+        return True
 
     def _drop_all_but(self, entries: list[dict[str, Any]], unclear: set[str]) -> None:
         """An `init` is the whole truth, except about the models whose entries can't be read."""
