@@ -129,14 +129,15 @@ class BadExchange(Exchange):
                 if trouble.kind == "hang":
                     await asyncio.Event().wait()
                 if trouble.kind == "wrong":
-                    minute_s = int(now_s) // MINUTE_S * MINUTE_S
-                    return [
-                        (minute_s, 0.0),
-                        (minute_s - 60, -5.0),
-                        (minute_s, math.nan),
-                        (minute_s + 600, 7.0),
-                    ]
+                    return self.nonsense(asset, int(now_s) // MINUTE_S * MINUTE_S)
         return None
+
+    def nonsense(self, asset: str, at_s: int) -> list[tuple[int, float]]:
+        """No prices, none of its time, and one that no second one confirms."""
+        level = max(self.prices[asset].values())
+        absurd = 30 * level if at_s // TICK_S % 2 else level / 30
+        bad = [0.0, -5.0, math.nan, math.inf]
+        return [(at_s, absurd), (at_s + 600, level), *((at_s - 60 * (k + 1), p) for k, p in enumerate(bad))]
 
 
 @pytest.mark.timeout(280)
