@@ -10,13 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from condor_lite import progress
+from condor_lite import config as configuration
+from condor_lite import progress, supervisor
+from condor_lite.clock import SteppedClock
 from condor_lite.explain import explain
 from condor_lite.game.entities import Setting
 from condor_lite.game.outcome import Series, realise
+from condor_lite.prices.source import SourceError
 from condor_lite.storage import repositories
 from condor_lite.storage.database import open_read_only
 from condor_lite.sums import answer_lines
+from tests.exchange import Exchange, walk
+from tests.fleet import ModelServer
+from tests.stage import until
+from tests.test_export import as_wide_as, orchestrated, ready
 from tests.test_score import START_S, TICK_S, Game, playing, price
 
 pytestmark = pytest.mark.anyio
@@ -143,3 +150,75 @@ async def test_a_round_with_too_little_inside_one_source_is_void_with_that_reaso
         assert await game.statuses() == [
             ("void", "prices resolve only 2 of 6 segments; the prices of 4 come from two sources")
         ]
+
+
+FEED = """
+[[game.settings]]
+assets = ["BTC", "ETH"]
+horizon = "30m"
+step = "5m"
+interval = "15m"
+
+[feed]
+source = ["coinbase", "kraken"]
+failover_after = "5m"
+history = "2h"
+
+[orchestrator]
+mode = "remote"
+port = {port}
+
+[report]
+port = 0
+
+[scoring]
+workers = 1
+"""
+
+
+async def test_the_rounds_of_a_game_whose_feed_fails_over_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SteppedClock(START_S - 30)
+    span_s = (START_S - 4 * 3600, START_S + 5 * 3600)
+    first = {"BTC": walk(1, *span_s), "ETH": walk(2, *span_s, start=1_500.0)}
+    second = {asset: {at_s: DEARER * p for at_s, p in prices.items()} for asset, prices in first.items()}
+
+    async def out_of_order(asset: str) -> None:
+        if asset == "BTC" and 3700 <= clock.now() - START_S < 9000:
+            raise SourceError("out of order")
+
+    sources = [
+        Exchange(clock, first, "coinbase", fault=out_of_order),
+        Exchange(clock, second, "kraken"),
+    ]
+    monkeypatch.setattr(supervisor, "make_sources", lambda config: sources)
+    models = [ModelServer("sharp", as_wide_as(4e-5)), ModelServer("wide", as_wide_as(2e-4))]
+    async with orchestrated(*models) as orchestrator:
+        (tmp_path / "config.toml").write_text(FEED.format(port=orchestrator.port))
+        config = configuration.load(tmp_path / "config.toml", {})
+        async with supervisor.playing(config, clock) as game:
+            await until(lambda: ready(game) == len(models))
+            await clock.run_until(START_S + 4 * 3600)
+            await game.journal.flushed()
+            await game.score.finish()
+    with closing(open_read_only(config.storage.path)) as conn:
+        rows = conn.execute(
+            "SELECT asset, scheduled_at_s, status, reason, resolved, no_move FROM round"
+            " LEFT JOIN round_score USING (round_no) WHERE resolvable_at_s < ?",
+            (START_S + 4 * 3600 - 300,),
+        ).fetchall()
+        series, names = repositories.load_series(conn, "BTC", START_S, 2**40)
+    assert series.source is not None
+    changes = [names[series.source[at]] for at in np.flatnonzero(np.diff(series.source, prepend=-1))]
+    assert changes == ["coinbase", "kraken", "coinbase"]
+    assert {row[2:5] for row in rows if row[0] == "ETH"} == {("scored", None, 6)}
+    left_out = 0
+    for asset, at_s, status, reason, resolved, no_move in rows:
+        if asset == "BTC" and status != "skipped":
+            outcome = realise(series, Setting("BTC", 1800, 300), at_s, 60, "log_return")
+            assert (status, resolved) == ("scored", outcome.resolved), reason
+            assert no_move < 50
+            left_out += int(outcome.between_sources.sum())
+            assert outcome.resolved == 6 - outcome.between_sources.sum()
+    assert left_out >= 4, "some round lies over each change"
