@@ -354,6 +354,35 @@ async def test_rounds_without_answers_keep_their_scores_and_that_is_said(tmp_pat
     assert any(rescore.NO_ANSWERS in text for text in progress.ending(other))
 
 
+async def test_an_hour_without_answers_keeps_its_calibration_and_a_mixed_one_counts_what_is_scored_again(
+    tmp_path: Path,
+) -> None:
+    sums = "SELECT * FROM calibration WHERE scorer_version = ? ORDER BY 2, 3, 4, 5, 6"
+    async with scored(tmp_path) as game:
+        await game.round(START_S + 40, "ETH")
+        await game.loop.finish()
+        await game.db.write(forget_payloads, "asset = 'BTC'")
+        before = await game.rows(sums, 1)
+        await done(game)
+        carried = await game.rows(sums, 2)
+        await game.round(START_S + 60, "ETH")
+        await game.loop.finish()
+        await game.db.write(forget_payloads, f"scheduled_at_s = {START_S + 40}")
+        await done(game)
+        mixed = await game.rows(
+            "SELECT asset, sum(segments) FROM calibration WHERE scorer_version = 3 GROUP BY 1"
+        )
+    models = len(game.models)
+    assert {row[1] for row in before} == {"BTC", "ETH"}
+    assert [row[1:] for row in carried] == [row[1:] for row in before]
+    assert dict(mixed) == {"BTC": sum(row[8] for row in before if row[1] == "BTC"), "ETH": 6 * models}
+
+
+def forget_payloads(conn: sqlite3.Connection, where: str) -> None:
+    conn.execute(f"DELETE FROM payload WHERE round_no IN (SELECT round_no FROM round WHERE {where})")
+    conn.execute(f"UPDATE round SET has_payloads = 0 WHERE {where}")
+
+
 async def explained_last(game: Game) -> Any:
     with closing(open_read_only(game.config.storage.path)) as conn:
         return explain(conn, game.config, f"BTC-60-10-{START_S + 20 * (ROUNDS - 1)}", "id-sharp")

@@ -76,6 +76,28 @@ def add_calibration(
     return times
 
 
+def carry_over(conn: sqlite3.Connection, round_no: int, from_version: int, to_version: int) -> None:
+    """Give the models of a round that can't be scored again the sums of its hour, under this version too.
+
+    Only where no round of that setting and hour can be: an hour's sums can't be taken apart.
+    """
+    conn.execute(
+        "INSERT INTO calibration SELECT ?, c.asset, c.horizon_s, c.step_s, c.model_no, c.hour_s, c.times, "
+        "c.until_s, c.segments, c.pit, c.spread, c.bins "
+        "FROM round CROSS JOIN score USING (round_no) CROSS JOIN calibration c "
+        "ON c.scorer_version = score.scorer_version AND c.asset = round.asset "
+        "AND c.horizon_s = round.horizon_s AND c.step_s = round.step_s AND c.model_no = score.model_no "
+        "AND c.hour_s = resolvable_at_s / ? * ? "
+        "WHERE round_no = ? AND score.scorer_version = ? AND NOT EXISTS ("
+        "SELECT 1 FROM round other WHERE other.asset = round.asset AND other.horizon_s = round.horizon_s "
+        "AND other.step_s = round.step_s AND other.has_payloads "
+        "AND other.resolvable_at_s >= (SELECT since_s FROM rescore WHERE scorer_version = ?) "
+        "AND other.scheduled_at_s BETWEEN c.hour_s - round.horizon_s AND c.hour_s - round.horizon_s + ?) "
+        "ON CONFLICT DO NOTHING",
+        (to_version, _HOUR_S, _HOUR_S, round_no, from_version, to_version, _HOUR_S - 1),
+    )
+
+
 def load_brief_rows(
     conn: sqlite3.Connection,
     scorer_version: int,

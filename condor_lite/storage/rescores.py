@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from condor_lite.game.entities import Leaderboard, Round
 from condor_lite.game.scoring import Rules
-from condor_lite.storage import scores
+from condor_lite.storage import calibration, scores
 from condor_lite.storage.repositories import select_rounds
 
 FORGOTTEN = "forgotten"  # the fingerprint of a scorer whose scores are being deleted, or are gone
@@ -241,6 +241,8 @@ def carry_over(conn: sqlite3.Connection, round_no: int, version: int) -> None:
         "ON CONFLICT (round_no, scorer_version, model_no) DO NOTHING",
         (version, round_no, newest),
     )
+
+    calibration.carry_over(conn, round_no, newest, version)
 
 
 def leave_out(conn: sqlite3.Connection, round_no: int, version: int, reason: str) -> None:
