@@ -150,6 +150,15 @@ async def test_requests_keep_their_distance(server: PriceServer) -> None:
     await source.aclose()
 
 
+async def test_a_queue_that_is_too_long_is_said_to_be(server: PriceServer) -> None:
+    source = make("kraken", server)
+    source.rate_per_s = 0.01
+    assert await hour(source)
+    with pytest.raises(SourceError, match=r"allows 0\.01 requests a second, and too many wait"):
+        await hour(source)
+    await source.aclose()
+
+
 @pytest.mark.parametrize(
     "moment",
     [

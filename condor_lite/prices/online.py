@@ -12,7 +12,7 @@ from condor_lite.prices.grid import Point
 from condor_lite.prices.source import Source, SourceError, UnknownAsset
 
 _REACH_S = 3600
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 60.0
 _SKEW_TOLD_S = 2.0
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 _HEADINGS = ("asset", "source", "price", "age")

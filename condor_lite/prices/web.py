@@ -34,6 +34,7 @@ CANDLE_S = 60
 
 _TIMEOUT_S = 10.0
 _MOST_BYTES = 4 * 2**20
+_LONGEST_QUEUE_S = 45.0  # with the time-out less than the feed waits
 _KEEP_ALIVE_S = 90.0  # so that the next minute finds the connection open
 _LONGEST_PAUSE_S = 86400.0
 _BAN_S = 120.0
@@ -221,6 +222,9 @@ class WebSource:
         if (left_s := self._silent_until_s - now_s) > 0:
             raise SourceError(f"{self} asked to be left alone for {left_s:.0f} s more", retry_after_s=left_s)
         at_s = max(self._free_at_s, now_s)
+        if at_s - now_s > _LONGEST_QUEUE_S:
+            allowed = f"allows {self.rate_per_s:g} requests a second"
+            raise SourceError(f"{self} {allowed}, and too many wait; has it too many assets?")
         self._free_at_s = at_s + 1 / self.rate_per_s
         await asyncio.sleep(at_s - now_s)
 
