@@ -28,6 +28,7 @@ log = structlog.get_logger()
 HISTORY_TIMEOUT_S = 120.0
 _HISTORY_TRIES = 3
 _HISTORY_PAUSE_S = 0.02  # between the sends of 5 MB each to two newcomers (20 at once hold the loop 123 ms)
+_HISTORY_YIELDS_S = 1.0
 _BUSY_PAUSE_S = 0.25
 _UNDER_WAY = 32  # calls at once: more answers in one turn of the event loop hold it for too long
 _UNDER_WAY_S = 0.01  # how long a call counts as one of them
@@ -158,16 +159,23 @@ def _encode(history: Mapping[str, tuple[Times, Prices]]) -> bytes:
 
 
 class HistoryGate:
-    """Lets one newcomer after another have its history, a short pause apart; nobody waits for an answer."""
+    """Lets one newcomer after another have its history, a short pause apart; nobody waits for an answer.
+
+    While others wait for their turn to be called it lets them go first, though not for ever.
+    """
 
     def __init__(self) -> None:
         self._next_s = 0.0
+        self._one_at_a_time = asyncio.Lock()
 
-    async def turn(self) -> None:
+    async def turn(self, throttle: Throttle) -> None:
         loop = asyncio.get_running_loop()
-        at_s = max(loop.time(), self._next_s)
-        self._next_s = at_s + _HISTORY_PAUSE_S
-        await asyncio.sleep(at_s - loop.time())
+        async with self._one_at_a_time:
+            until_s = loop.time() + _HISTORY_YIELDS_S
+            await asyncio.sleep(self._next_s - loop.time())
+            while throttle.crowded and loop.time() < until_s:  # noqa: ASYNC110
+                await asyncio.sleep(_HISTORY_PAUSE_S)
+            self._next_s = loop.time() + _HISTORY_PAUSE_S
 
 
 class _Paused(Exception):
@@ -360,7 +368,7 @@ class Lane:
         """Give a new instance the past, in one tick that counts against nobody."""
         floor, participant = self._floor, self.participant
         for _ in range(_HISTORY_TRIES):
-            await floor.history_gate.turn()
+            await floor.history_gate.turn(floor.throttle)
             # Who will be asked in an open round must not know more than the others did.
             until_s = min(
                 (open_round.round.scheduled_at_s for open_round in floor.open_rounds),

@@ -83,6 +83,11 @@ class Throttle:
         """The next look at who may begin."""
         self._next_is_soon = False
 
+    @property
+    def crowded(self) -> bool:
+        """Whether anyone waits to begin."""
+        return bool(self._waiting)
+
     async def enter(self) -> int:
         """Return when a call may begin, with its number. First come, first served."""
         loop = asyncio.get_running_loop()

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
 import sys
 from typing import Any
 
+from condor_lite.watchdog import spare_the_loop
 from tests.fleet.behaviours import BEHAVIOURS, MIB, answer_of, server
 from tests.fleet.model import ModelServer
 from tests.fleet.orchestrator import Orchestrator
@@ -46,7 +46,7 @@ async def serve(models: int, behaviours: dict[str, int], prefix: str) -> None:
     for name, count in behaviours.items():
         await orchestrator.announce(*(await start(name, count, prefix)))
     await orchestrator.start()
-    gc.freeze()  # else its full collections are in the figures
+    spare_the_loop()  # else its collections are in the figures
     print(json.dumps({"port": orchestrator.port, "entries": list(orchestrator.entries.values())}), flush=True)
     commands = asyncio.StreamReader(limit=64 * MIB)
     await asyncio.get_running_loop().connect_read_pipe(
