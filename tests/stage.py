@@ -18,6 +18,7 @@ from condor_lite.config import Config
 from condor_lite.game.entities import Round
 from condor_lite.predict import PredictLoop
 from condor_lite.prices.feed import Feed
+from condor_lite.prices.source import Source
 from condor_lite.prices.sources import make_sources
 from condor_lite.storage.database import Database
 from condor_lite.storage.journal import Journal
@@ -104,9 +105,16 @@ class Stage:
 
 @asynccontextmanager
 async def staged(
-    folder: Path, text: str = CONFIG, start_s: float = START_S + 1, timeout_s: float | None = None
+    folder: Path,
+    text: str = CONFIG,
+    start_s: float = START_S + 1,
+    timeout_s: float | None = None,
+    live: Callable[[SteppedClock], Source] | None = None,
 ) -> AsyncIterator[Stage]:
-    """A running predict loop without models; they `join`. `timeout_s` may be shorter than a config allows."""
+    """A running predict loop without models; they `join`. `timeout_s` may be shorter than a config allows.
+
+    `live` makes the source of its prices, in place of the configured one.
+    """
     config = load(folder, text)
     if timeout_s is not None:
         config = replace(config, predict=replace(config.predict, timeout_s=timeout_s))
@@ -117,7 +125,7 @@ async def staged(
     try:
         async with Database(config.storage.path) as db:
             journal = Journal(db)
-            (source,) = make_sources(config)
+            (source,) = [live(clock)] if live else make_sources(config)
             feed = Feed(config, clock, db, source)
             await feed.start()
             predict = PredictLoop(config, clock, db, journal, feed, orchestrator.port, closed.append)
