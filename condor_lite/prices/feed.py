@@ -8,7 +8,6 @@ trouble kept from the others.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,27 +16,22 @@ import structlog
 
 from condor_lite.clock import Clock
 from condor_lite.config import Config
-from condor_lite.config_sections import SIMULATED_SOURCES
 from condor_lite.errors import StartError
 from condor_lite.prices.book import PriceBook
-from condor_lite.prices.grid import QUIET_S, Span, missing, pieces
+from condor_lite.prices.grid import Span, missing, pieces
 from condor_lite.prices.intake import Intake
 from condor_lite.prices.past import Past
 from condor_lite.prices.saving import Saver
 from condor_lite.prices.source import Source, UnknownAsset
+from condor_lite.prices.stored import bring_back
 from condor_lite.prices.supply import Channel, Line, Supply
-from condor_lite.storage import repositories
+from condor_lite.prices.timing import Timing
 from condor_lite.storage.database import Database
 
 log = structlog.get_logger()
 
 _FINE_S = 3600  # every tick is kept for at least this long before the game's start
-_EARLY_S = 0.001  # what a clock's rounding may wake us too early
-_SAME_PRICE = 1e-6  # relative; less is another processor's rounding
 _HISTORY_WAIT_S = 120.0  # for which models wait for all of the history
-_WAIT_FIRST_S = 1.0  # for a point that is not there yet
-_SILENT_TICKS = 3  # from then on it is asked for once a tick
-_LAST_LOOK_S = 3.0  # before a point can be scored
 _AGAIN_TICKS = 5  # settled ones that are asked for again
 _AGAIN_MOST_TICKS = 60
 _PROBE_MOST_S = 300.0
@@ -84,7 +78,8 @@ class Feed:
         self._history_s = config.feed.history_s
         self._max_staleness_s = config.feed.max_staleness_s
         self._failover_s = config.feed.failover_after_s
-        self._settle_s = config.scoring.settle_delay_s
+        settle_s = config.scoring.settle_delay_s
+        self._timing = Timing(clock, self._tick_s, settle_s)
         self._fine_s = max(_FINE_S, *(setting.horizon_s for setting in config.game.settings))
         self._keep_s = max(config.storage.keep_prices_s, self._history_s)
         self.book = book or PriceBook(self._history_s, self._tick_s)
@@ -94,10 +89,10 @@ class Feed:
         self._lines = {
             asset: Line(asset, [Supply(channel) for channel in channels]) for asset in config.game.assets
         }
-        again = min(-(-self._settle_s // self._tick_s) + _AGAIN_TICKS, _AGAIN_MOST_TICKS)
+        again = min(-(-settle_s // self._tick_s) + _AGAIN_TICKS, _AGAIN_MOST_TICKS)
         again = min(again, *(channel.source.page_points // 2 for channel in channels))
         self._again_s = again * self._tick_s
-        self._saver = Saver(clock, db, self.book, self._settle_s)
+        self._saver = Saver(clock, db, self.book, settle_s)
         self._intake = Intake(self.book, self._saver, self._again_s)
         self._past = Past(clock, db, self._intake, list(self._lines.values()), self._tick_s, self._history_s)
         self._callbacks: list[Callable[[frozenset[str]], None]] = []
@@ -147,7 +142,9 @@ class Feed:
         Raises StartError where no source knows an asset, and where the stored prices are not the source's.
         """
         for line in self._lines.values():
-            await self._load(line)
+            until_s = self._timing.settled_s(line.supply)
+            if await bring_back(self._db, self.book, line, until_s, self._tick_s, self._again_s):
+                line.begun.set()
         with self._clock.hold():
             unknown: list[str] = []
             async with anyio.create_task_group() as tasks:
@@ -189,55 +186,6 @@ class Feed:
 
     # -- start -----------------------------------------------------------------------------------------------
 
-    async def _load(self, line: Line) -> None:
-        """Bring the stored points into the book."""
-        asset, now_s = line.asset, self._settled_s(line.supply)
-        newest_s = await self._db.read(repositories.newest_price_s, asset)
-        from_s = now_s - self.book.span_s if newest_s is None else min(now_s - self.book.span_s, newest_s)
-        # Stored points that lie ahead of a clock that was set back come again in their time.
-        ts_s, price = await self._db.read(repositories.load_prices, asset, from_s, now_s)
-        points = list(zip(ts_s.tolist(), price.tolist(), strict=True))
-        self.book.add(asset, points)
-        if not points:
-            return
-        line.begun.set()
-        if self._simulated:
-            await self._check_same(asset)
-            return
-        newest_s = points[-1][0]
-        recent, names = await self._db.read(
-            repositories.load_series, asset, newest_s - self._again_s, newest_s
-        )
-        assert recent.source is not None
-        by_source = [names[number] for number in recent.source.tolist()]
-        if by_source[-1] in SIMULATED_SOURCES:
-            raise StartError(
-                f"{self._db.path}: its {asset} prices are simulated ({by_source[-1]}); start a new game "
-                f"with another storage.path for those of {self._source}"
-            )
-        for supply in line.supplies:
-            own = [
-                point
-                for point, name in zip(points[-len(by_source) :], by_source, strict=True)
-                if name == supply.source.name
-            ]
-            supply.last = own[-1] if own else None
-            supply.keep(own, newest_s - self._again_s)
-
-    async def _check_same(self, asset: str) -> None:
-        """A game must not go on with prices that come from another simulation."""
-        stored = self.book.last(asset)
-        assert stored is not None
-        points = await self._source.fetch(asset, stored[0] - QUIET_S, stored[0], self._tick_s)
-        price = max(points)[1] if points else None
-        if price is None or not math.isclose(price, stored[1], rel_tol=_SAME_PRICE):
-            there = "has no price" if price is None else f"has {price:.9g}"
-            raise StartError(
-                f"{self._db.path}: its prices are not those of {self._source}, which {there} for {asset} at "
-                f"{stored[0]} where {stored[1]:.9g} is stored. Go back to the feed that this game was played "
-                "with, or start a new game with another storage.path"
-            )
-
     async def _begin(self, line: Line, unknown: list[str]) -> None:
         """Fetch an asset's newest points from the first source that has them."""
         strangers: dict[Supply, UnknownAsset] = {}
@@ -263,10 +211,12 @@ class Feed:
             line.begun.set()
             if at := line.supplies.index(found):
                 line.use(at, self._clock.now())
-            line.next_s = self._next_s(line, self._settled_s(found))
+            line.next_s = self._timing.next_s(
+                line, self.book.newest_s(line.asset), self._timing.settled_s(found)
+            )
 
     async def _fetch_first(self, line: Line, supply: Supply) -> None:
-        until_s, newest_s = self._settled_s(supply), self.book.newest_s(line.asset)
+        until_s, newest_s = self._timing.settled_s(supply), self.book.newest_s(line.asset)
         if newest_s is not None and newest_s < until_s and not self._simulated:
             # Rounds from before the stop are scored as soon as there is a later price: what they reach into
             # comes first.
@@ -280,7 +230,7 @@ class Feed:
 
     def _plan(self, line: Line) -> None:
         """Leave the history to `run`; what follows the newest point is fetched with the next tick."""
-        until_s = self._settled_s(line.supply)
+        until_s = self._timing.settled_s(line.supply)
         todo = self._missing(line, until_s) if line.begun.is_set() else []
         line.todo = [span for span in todo if span.until_s < until_s]
 
@@ -328,7 +278,7 @@ class Feed:
         if now_s >= line.fails_over_s(self._failover_s):
             line.use(line.at + 1, now_s)
         supply, before_s = line.supply, self.book.newest_s(line.asset)
-        until_s = self._settled_s(supply)
+        until_s = self._timing.settled_s(supply)
         if (next_s := supply.channel.not_before_s) <= now_s:
             try:
                 await self._fetch_newest(line, supply, until_s)
@@ -336,7 +286,7 @@ class Feed:
                 next_s = supply.failed(line.asset, error, self._clock.now())
             else:
                 supply.recovered(line.asset)
-                next_s = self._next_s(line, until_s)
+                next_s = self._timing.next_s(line, self.book.newest_s(line.asset), until_s)
         newest_s = self.book.newest_s(line.asset)
         if newest_s != before_s:
             line.delivered_s = self._clock.now()
@@ -361,40 +311,9 @@ class Feed:
         for span in spans or [Span(newest_s, newest_s, self._tick_s)]:
             await self._intake.ahead(line, supply, span)
 
-    def _settled_s(self, supply: Supply) -> int:
-        """The newest grid time whose price can be had."""
-        at_s = self._clock.now() - supply.channel.lag_s * self._clock.speed + _EARLY_S
-        return math.floor(at_s / self._tick_s) * self._tick_s
-
     def _is_over(self, asset: str) -> bool:
         end_s, newest_s = self.end_s(asset), self.book.newest_s(asset)
         return end_s is not None and newest_s is not None and newest_s >= end_s
-
-    def _next_s(self, line: Line, until_s: int) -> float:
-        """When to ask again after all up to `until_s` was asked for, game time.
-
-        Right after the next tick; before that, where the point is not there yet, in 1, 2, 4, ... seconds, and
-        where it is, shortly before it can be scored: until then the source may correct it.
-        """
-        next_s = until_s + self._tick_s + line.supply.channel.lag_s * self._clock.speed
-        if self._simulated:
-            return next_s
-        now_s, newest_s = self._clock.now(), self.book.newest_s(line.asset)
-        if newest_s is not None and newest_s >= until_s:
-            return min(next_s, self._last_look_s(now_s))
-        if line.waiting_for_s != until_s:
-            line.waiting_for_s, line.waited = until_s, 0
-        if newest_s is None or until_s - newest_s > _SILENT_TICKS * self._tick_s:
-            return next_s
-        line.waited += 1
-        return min(next_s, now_s + _WAIT_FIRST_S * 2.0 ** (line.waited - 1))
-
-    def _last_look_s(self, now_s: float) -> float:
-        """When the next point is about to settle."""
-        look_s = self._settle_s - _LAST_LOOK_S
-        if look_s <= _LAST_LOOK_S:
-            return math.inf
-        return math.ceil((now_s + _WAIT_FIRST_S - look_s) / self._tick_s) * self._tick_s + look_s
 
     async def _probe(self, line: Line) -> None:
         """While another supply is in use, look whether one before it delivers again."""
@@ -412,7 +331,7 @@ class Feed:
             now_s = self._clock.now()
             if supply.channel.not_before_s > now_s:
                 continue
-            until_s = self._settled_s(supply)
+            until_s = self._timing.settled_s(supply)
             newest_s = self.book.newest_s(line.asset) or until_s - self._tick_s
             try:
                 delivers = await self._intake.probe(line, supply, Span(newest_s - 1, until_s, self._tick_s))

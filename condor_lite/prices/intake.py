@@ -17,7 +17,7 @@ from condor_lite.prices.supply import Line, Supply
 
 log = structlog.get_logger()
 
-_FETCH_TIMEOUT_S = 60.0  # with the wait for a turn at a source that allows one request a second
+_FETCH_TIMEOUT_S = 30.0  # with the wait for a turn at a source that allows one request a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,10 @@ class Intake:
             supply.channel.look_at_its_clock()
         inside = {ts_s: price for ts_s, price in given if page.after_s < ts_s <= page.until_s}
         sound = sorted((ts_s, price) for ts_s, price in inside.items() if price > 0 and math.isfinite(price))
-        if rejected := len(inside) - len(sound):
-            log.warning("prices_rejected", asset=asset, source=supply.source.name, count=rejected)
+        rejected = inside.keys() - {ts_s for ts_s, _ in sound} - supply.rejected
+        if rejected:
+            log.warning("prices_rejected", asset=asset, source=supply.source.name, count=len(rejected))
+            supply.rejected = {ts_s for ts_s in supply.rejected | rejected if ts_s > page.until_s - 3600}
         return sound
 
     def _sift(self, line: Line, supply: Supply, points: list[Point]) -> list[Point]:

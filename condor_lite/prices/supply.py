@@ -17,6 +17,7 @@ _RETRY_FIRST_S = 1.0
 _RETRY_MOST_S = 60.0
 _WAIT_MOST_S = 3600.0  # whatever a source asks for
 _SKEW_TOLD_S = 2.0
+_SKEW_WAITED_S = 30.0  # a clock that is further ahead is wrong in ways that no waiting cures
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +32,8 @@ class Channel:
     @property
     def lag_s(self) -> float:
         """How long after a tick's end (wall) its price can be had, by this machine's clock."""
-        return self.source.latency_s + max(0.0, -(self.source.skew_s or 0.0))
+        ahead_s = -(self.source.skew_s or 0.0)
+        return self.source.latency_s + (ahead_s if 0 < ahead_s <= _SKEW_WAITED_S else 0.0)
 
     def retry_s(self, error: Exception, failures: int, now_s: float) -> float:
         """When to try again after so many failures in a row before this one, game time."""
@@ -70,6 +72,8 @@ class Supply:
     """Its newest points in the book: what its later answers are compared with."""
     differing: set[int] = field(default_factory=set)
     """Those of them whose difference was told."""
+    rejected: set[int] = field(default_factory=set)
+    """Times of the last hour at which it gave what can be no price."""
     failures: int = 0
     error: str | None = None
     """Why the last attempt failed, None when it did not."""

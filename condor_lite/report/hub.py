@@ -181,10 +181,10 @@ def _range(context: Context, start_s: float | None, end_s: float | None) -> tupl
 
 async def _feeds(context: Context) -> Reply:
     granularity = _granularity(context.live.config)
-    watermarks = {state.asset: state.newest_ts_s for state in context.live.feeds()}
+    newest = {(state.source, state.asset): state.newest_ts_s for state in context.live.feeds()}
     rows = []
     for row in await queries.feeds(context.readers):
-        newest_s = watermarks.get(row["asset"]) or row["newest_s"]
+        newest_s = newest.get((row["source"], row["asset"])) or row["newest_s"]
         rows.append(
             FeedRow(
                 source=row["source"],
