@@ -482,7 +482,10 @@ async def test_models_are_known_before_the_first_leaderboard_and_when_they_join(
     await fresh.db.write(repositories.upsert_model, NEW, START_S)
     fresh.connected.add("new")
 
-    assert [row["model_id"] for row in await fresh.get("/reports/models")] == ["1", "new"]
+    async with asyncio.timeout(20):  # who is connected is looked at now and then
+        while len(rows := await fresh.get("/reports/models")) < 2:
+            pass
+    assert [row["model_id"] for row in rows] == ["1", "new"]
 
 
 # What holds for every answer

@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from condor_lite.errors import QueryTimeout, StorageError
 from condor_lite.report import answers, game, hub, ops, pages, params
@@ -112,15 +112,15 @@ def create_app(live: Live, readers: Readers) -> Starlette:
     async def http_failure(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what, detail = _EXPLAINED.get(error.status_code, (error.detail.lower(), error.detail))
-        return failure(live, _accept(request), error.status_code, what, detail, error.headers)
+        return failure(live, _accept(request.scope), error.status_code, what, detail, error.headers)
 
     async def fault(request: Request, error: Exception) -> Response:
-        return failure(live, _accept(request), 500, *_FAULT)
+        return failure(live, _accept(request.scope), 500, *_FAULT)
 
     endpoints = {endpoint.path: endpoint for endpoint in ENDPOINTS}
     by_path = {page.path: page for page in PAGES}
     routes: list[Route | Mount] = [
-        Route(path, _serve(context, endpoints.get(path), by_path.get(path)))
+        Route(path, _Answers(context, endpoints.get(path), by_path.get(path)), methods=_METHODS)
         for path in dict.fromkeys((*endpoints, *by_path))
     ]
     routes.append(Mount("/static", StaticFiles(packages=[("condor_lite.report", "static")])))
@@ -168,19 +168,27 @@ async def _show(context: Context) -> Reply:
     return await context.in_thread(work)
 
 
-def _serve(
-    context: Context, endpoint: Endpoint | None, page: Page | None
-) -> Callable[[Request], Awaitable[Response]]:
-    """What answers at a path. Errors are caught here, so that a client never sees a trace."""
-    vary = "Accept, Accept-Encoding" if endpoint and page else "Accept-Encoding"
+class _Answers:
+    """What answers at a path. Errors are caught here, so that a client never sees a trace.
 
-    async def answer(request: Request) -> Response:
-        asked = page if page and (endpoint is None or prefers_html(_accept(request))) else endpoint
-        assert asked is not None
+    A class, since Starlette wraps functions in layers that take as long as a ready-made answer.
+    """
+
+    def __init__(self, context: Context, endpoint: Endpoint | None, page: Page | None) -> None:
+        self._context = context
+        self._endpoint = endpoint
+        self._page = page
+        self._vary = b"Accept, Accept-Encoding" if endpoint and page else b"Accept-Encoding"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = self._asked(scope)
         headers = None
         try:
-            sent: Any = params.read(asked.params, request.query_params.getlist, request.path_params)
-            return respond(request, await asked.handler(context, sent), vary)
+            sent: Any = NoParams()
+            if asked.params is not NoParams:
+                query = QueryParams(scope["query_string"])
+                sent = params.read(asked.params, query.getlist, scope["path_params"])
+            reply = await asked.handler(self._context, sent)
         except BadParameter as error:
             status, what, detail = 400, "bad parameter", str(error)
         except NotFound as error:
@@ -191,10 +199,18 @@ def _serve(
         except Exception:
             log.exception("request_failed", path=asked.path)
             status, what, detail = 500, *_FAULT
-        return failure(context.live, _accept(request), status, what, detail, headers)
+        else:
+            await respond(scope, send, reply, self._vary)
+            return
+        response = failure(self._context.live, _accept(scope), status, what, detail, headers)
+        await response(scope, receive, send)
 
-    return answer
+    def _asked(self, scope: Scope) -> Endpoint | Page:
+        if self._page is None or (self._endpoint is not None and not prefers_html(_accept(scope))):
+            assert self._endpoint is not None
+            return self._endpoint
+        return self._page
 
 
-def _accept(request: Request) -> str:
-    return request.headers.get("accept", "")
+def _accept(scope: Scope) -> str:
+    return Headers(scope=scope).get("accept", "")

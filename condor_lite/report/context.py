@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 _ROWS_ON_THE_LOOP = 100  # well under a millisecond; more are packed in a thread
 _READY_FOR_S = 10.0  # a changed name or deployment shows after this long at the latest
+_LOOK_EVERY_S = 0.25  # who is connected; looking takes as long as answering
 _THREADS = 2
 
 
@@ -42,6 +43,7 @@ class Context:
         self._ready: ReadyMade | None = None
         self._ready_for: Leaderboard | None = None
         self._ready_until_s = 0.0
+        self._looked_at_s = 0.0
         self._ready_lock = asyncio.Lock()
         self._models: Sequence[Model] = ()
         self._remembered: dict[object, tuple[float, Any]] = {}
@@ -61,7 +63,8 @@ class Context:
                 make, leaderboard, self._models, connected, self.live.started_at_s, self.max_age_s
             )
             self._ready, self._ready_for = made, leaderboard
-            self._ready_until_s = asyncio.get_running_loop().time() + _READY_FOR_S
+            self._looked_at_s = asyncio.get_running_loop().time()
+            self._ready_until_s = self._looked_at_s + _READY_FOR_S
             return made
 
     async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
@@ -96,14 +99,13 @@ class Context:
             return value  # type: ignore[no-any-return]
 
     def _current(self) -> ReadyMade | None:
-        made = self._ready
-        if (
-            made is None
-            or self._ready_for is not self.live.leaderboard
-            or asyncio.get_running_loop().time() >= self._ready_until_s
-            or made.connected != self.live.connected()
-        ):
+        made, now_s = self._ready, asyncio.get_running_loop().time()
+        if made is None or self._ready_for is not self.live.leaderboard or now_s >= self._ready_until_s:
             return None
+        if now_s >= self._looked_at_s + _LOOK_EVERY_S:
+            if made.connected != self.live.connected():
+                return None
+            self._looked_at_s = now_s
         return made
 
 
