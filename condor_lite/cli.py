@@ -80,8 +80,9 @@ def parser() -> argparse.ArgumentParser:
     ):
         of_one = actions.add_parser(action, help=what, description=what[0].upper() + what[1:] + ".")
         of_one.add_argument("model_id", metavar="ID")
-    _add_export(verbs)
-    for verb in verbs.choices.values():  # understood after the verb, too
+    kinds = _add_export(verbs)
+    for verb in (*verbs.choices.values(), *actions.choices.values(), *kinds.choices.values()):
+        # Understood after the verb, too.
         verb.add_argument("--config", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
 
@@ -123,7 +124,9 @@ def _add_rescore(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
 
 
-def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_export(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> argparse._SubParsersAction[argparse.ArgumentParser]:
     export = verbs.add_parser(
         "export",
         help="write what is stored into files, also while the game runs",
@@ -143,6 +146,7 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     prices.add_argument("--since", metavar="TIME", help="(default: as far back as prices are stored)")
     prices.add_argument("--until", metavar="TIME", help="(default: to the newest)")
     prices.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+    return kinds
 
 
 def main(argv: list[str]) -> int:

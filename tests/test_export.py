@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from condor_lite import cli, stopping, supervisor
 from condor_lite import config as configuration
-from condor_lite import supervisor
 from condor_lite.clock import SteppedClock
 from condor_lite.config import Config
 from condor_lite.export import ExportError, Written, lines, prices, read_range
@@ -133,8 +133,8 @@ async def test_a_recorded_live_hour_played_again_gives_the_same_rounds_and_score
 
         async def export() -> None:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "condor_lite", "--config", str(tmp_path / "live" / "config.toml")),
-                *("export", "prices", str(recording)),
+                *(sys.executable, "-m", "condor_lite", "export", "prices", str(recording)),
+                *("--config", str(tmp_path / "live" / "config.toml")),
                 stdout=asyncio.subprocess.PIPE,
             )
             said, _ = await process.communicate()
@@ -276,3 +276,25 @@ async def test_progress_is_told_on_the_way(tmp_path: Path) -> None:
         ("BTC", 25_000, 25_000),
         ("ETH", 10, 10),
     ]
+
+
+async def test_the_command_says_what_it_wrote_or_why_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "restore", lambda: None)
+    (tmp_path / "config.toml").write_text(CONFIG.format(port=1))
+    out = tmp_path / "out"
+    command = ["export", "prices", str(out), "--config", str(tmp_path / "config.toml")]
+    assert cli.main(command) == 2
+    assert "there is no database" in capsys.readouterr().err
+    async with Database(tmp_path / "data" / "condor.db") as db:
+        await db.write(repositories.add_prices, "BTC", some(3), "test", 0)
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == (
+        f"wrote {out / 'BTC.csv'}: 3 prices, 2023-11-14 23:00:00 to 2023-11-14 23:02:00 UTC\n"
+    )
+    assert cli.main(command) == 2
+    assert "there already" in capsys.readouterr().err
+    assert cli.main([*command, "--since", "soon", "--overwrite"]) == 2
+    assert "--since 'soon': must be a time" in capsys.readouterr().err
+    assert cli.main([*command, "--overwrite"]) == 0
