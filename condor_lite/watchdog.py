@@ -30,7 +30,7 @@ def spare_the_loop() -> None:
 
     What start-up made is never looked at again (a full collection of it takes 25 to 44 ms). A round of a
     thousand models makes 40,000 objects for a moment: with Python's own limits they are gone through a
-    hundred times and, with all else that the models hold, once in full (60 ms).
+    hundred times and, with all else that the models hold, once in full (80 ms on busy cores).
     """
     gc.collect()
     gc.freeze()
