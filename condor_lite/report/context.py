@@ -40,6 +40,7 @@ class Context:
         self.max_age_s = max(1, min(10, int(live.config.scoring.interval_s)))
         """How long a leaderboard is promised to hold, on the wall."""
         self._threads = anyio.CapacityLimiter(_THREADS)
+        self._alone = anyio.CapacityLimiter(1)
         self._ready: ReadyMade | None = None
         self._ready_for: Leaderboard | None = None
         self._ready_until_s = 0.0
@@ -70,6 +71,10 @@ class Context:
     async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
         """Run what takes more than a moment beside the event loop; few at once: the game needs the cores."""
         return await anyio.to_thread.run_sync(partial(work, *args), limiter=self._threads)
+
+    async def alone(self, work: Callable[[], T]) -> T:
+        """The same for what may take seconds: one at a time, so that nothing else waits for it."""
+        return await anyio.to_thread.run_sync(work, limiter=self._alone)
 
     async def rows(
         self,

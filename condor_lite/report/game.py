@@ -206,7 +206,7 @@ async def prediction_detail(context: Context, sent: PredictionParams) -> Reply:
         return pack(_prediction_detail(found), context.max_age_s)
 
     try:
-        return await context.in_thread(work)
+        return await context.alone(work)
     except NotExplained as error:
         raise NotFound(str(error)) from None
 
