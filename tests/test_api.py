@@ -669,6 +669,36 @@ async def test_other_sites_may_read_only_if_configured(tmp_path: Path, game: Gam
     assert "access-control-allow-origin" not in refused.headers
 
 
+async def test_every_endpoint_is_cached_headed_zipped_and_shared_alike(tmp_path: Path) -> None:
+    fill = {"model_id": "1", "round_id": BTC_ROUND}
+    origin = {"Origin": "https://hub.example"}
+    async with serve(tmp_path, '[report]\ncors_origins = ["https://hub.example"]\n') as game:
+        await play(game)
+        for endpoint in ENDPOINTS:
+            path = endpoint.url.format(**fill)
+            plain = await game.client.get(path, headers={**origin, "Accept-Encoding": "identity"})
+            zipped = await game.client.get(path, headers=origin)
+            head = await game.client.head(path, headers={**origin, "Accept-Encoding": "identity"})
+            known = {**origin, "If-None-Match": zipped.headers["etag"]}
+            same = await game.client.get(path, headers=known)
+
+            assert plain.status_code == zipped.status_code == head.status_code == 200
+            assert plain.content == zipped.content
+            assert ("content-encoding" in zipped.headers) == (len(plain.content) >= 2048)
+            assert {**head.headers, "date": ""} == {**plain.headers, "date": ""}
+            assert head.content == same.content == b""
+            assert zipped.headers["etag"] == plain.headers["etag"]
+            assert same.status_code == 304
+            for answer in (plain, zipped, head, same):
+                assert answer.headers["access-control-allow-origin"] == "https://hub.example"
+                assert "ETag" in answer.headers["access-control-expose-headers"]
+                assert "Origin" in answer.headers["vary"]
+                assert "Accept-Encoding" in answer.headers["vary"]
+                assert re.fullmatch(r"no-store|public, max-age=\d+", answer.headers["cache-control"])
+        missing = await game.client.get("/rounds/none", headers=origin)
+        assert missing.headers["access-control-allow-origin"] == "https://hub.example"
+
+
 async def test_a_slow_or_failing_database_is_a_503_and_a_bug_a_500(tmp_path: Path) -> None:
     class Readers:
         error: Exception = QueryTimeout(2.0)
