@@ -32,6 +32,7 @@ from condor_lite.prices.coinbase import CoinbaseSource
 from condor_lite.prices.feed import Feed
 from condor_lite.storage.database import Database
 from condor_lite.storage.journal import Journal
+from condor_lite.watchdog import spare_the_loop
 from tests.fleet import ModelServer, Orchestrator
 from tests.fleet.model import DONE, CallRequest, Wire
 from tests.price_server import PriceServer
@@ -175,6 +176,8 @@ class Market:
         self._all = asyncio.Event()
 
     async def fetch(self, asset: str, after_s: int, until_s: int, step_s: int) -> list[tuple[int, float]]:
+        first_s = after_s // step_s * step_s + step_s
+        points = [(ts_s, 100 + ts_s % 1009 / 100) for ts_s in range(first_s, until_s + 1, step_s)]
         if self.together:
             self._asked += 1
             arrives = self._all
@@ -183,8 +186,7 @@ class Market:
                 self.arrived_s[until_s] = time.perf_counter()
                 arrives.set()
             await arrives.wait()
-        first_s = after_s // step_s * step_s + step_s
-        return [(ts_s, 100 + ts_s % 1009 / 100) for ts_s in range(first_s, until_s + 1, step_s)]
+        return points
 
     def end_s(self, asset: str) -> int | None:
         return None
@@ -280,6 +282,7 @@ async def _feeding(market: Market, model: ModelServer) -> AsyncIterator[Feed]:
                 await model.start()
                 await orchestrator.announce(model)
                 await until(lambda: _ready(predict))
+                spare_the_loop()
                 await asyncio.sleep(TICK_S)
                 yield feed
                 tasks.cancel_scope.cancel()
