@@ -34,13 +34,14 @@ from condor_lite.config import Config
 from condor_lite.game.entities import Answer, AnswerStatus, Leaderboard
 from condor_lite.game.scoring import Rules
 from condor_lite.logs import configure
+from condor_lite.news import News
 from condor_lite.pool import ScoringPool
 from condor_lite.predict import PredictLoop
 from condor_lite.prices.feed import Feed
 from condor_lite.prices.sources import make_sources
 from condor_lite.report import server as web
 from condor_lite.report.api import create_app
-from condor_lite.report.live import Live
+from condor_lite.report.live import Live, Vitals
 from condor_lite.storage import repositories
 from condor_lite.storage.compression import compress
 from condor_lite.storage.database import Database
@@ -443,6 +444,8 @@ async def load() -> None:
             problems=list,
             feeds=list,
             connected=frozenset,
+            vitals=lambda: Vitals([], 0, 0, 0),
+            news=News(),
         )
         live.publish(Leaderboard(time.time(), 1, ()))
         served = web.Server(create_app(live, game.db.reports), web.bind("127.0.0.1", 0))

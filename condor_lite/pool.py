@@ -107,7 +107,7 @@ class _Flight:
     stuck_on: float | None = None
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Work(Generic[Item]):
     """One call's items: what is still to do, and what came of the rest."""
 
@@ -148,6 +148,7 @@ class ScoringPool:
         self._politeness = politeness
         self._s_per_byte: dict[object, float] = {}
         self._busy = asyncio.Lock()
+        self._works: list[_Work[Any]] = []
         self._crew: _Crew | None = None
         self._fruitless = 0
         # Processes are started and ended in one thread: it takes milliseconds that the event loop does not
@@ -168,6 +169,11 @@ class ScoringPool:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._close()
+
+    @property
+    def waiting(self) -> int:
+        """How many items no worker has been given yet."""
+        return sum(len(work.todo) + sum(map(len, work.suspects)) for work in self._works)
 
     async def validate(self, items: Sequence[ValidationItem]) -> dict[int, str]:
         """Which of the items (by index) are no valid answers, and why."""
@@ -204,12 +210,16 @@ class ScoringPool:
     ) -> _Work[Item]:
         raw, calibration = np.full(len(items), np.nan), np.zeros((len(items), WIDTH))
         work = _Work(function, items, raw, calibration, todo=deque(range(len(items))))
-        async with self._busy:
-            try:
-                await self._drive(work)
-            except BaseException:
-                self._abandon()  # batches in flight have no one to come back to
-                raise
+        self._works.append(work)
+        try:
+            async with self._busy:
+                try:
+                    await self._drive(work)
+                except BaseException:
+                    self._abandon()  # batches in flight have no one to come back to
+                    raise
+        finally:
+            self._works.remove(work)
         return work
 
     async def _drive(self, work: _Work[Item]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import anyio
 import structlog
@@ -22,6 +23,16 @@ from condor_lite.game.entities import Answer, AnswerStatus, Model, ModelInfo, Ro
 from condor_lite.lanes import Floor, Lane, OpenRound, Participant, Ticks
 from condor_lite.models.fleet import Fleet
 from condor_lite.models.runner import Connection, Outcome, Reply, predict_request
+from condor_lite.news import (
+    AnswerStored,
+    ModelJoined,
+    ModelLeft,
+    RoundClosed,
+    RoundsNotHeld,
+    RoundsOpened,
+    Tell,
+    ignore,
+)
 from condor_lite.pacer import Waker
 from condor_lite.prices.feed import Feed
 from condor_lite.storage import repositories
@@ -47,7 +58,9 @@ _STATUS = {
 
 
 class PredictLoop:
-    """One game's rounds. `on_closed(round)` is called when a round is closed and stored."""
+    """One game's rounds. `on_closed(round)` is called when a round is closed and stored; `tell` is told of
+    rounds, answers and models.
+    """
 
     def __init__(
         self,
@@ -58,6 +71,7 @@ class PredictLoop:
         feed: Feed,
         orchestrator_port: int,
         on_closed: Callable[[Round], None],
+        tell: Tell = ignore,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -65,6 +79,7 @@ class PredictLoop:
         self._journal = journal
         self._feed = feed
         self._on_closed = on_closed
+        self._tell = tell
         self.fleet = Fleet(config, orchestrator_port, self._serve, self._renamed)
         self.participants: dict[str, Participant] = {}
         self.paused: dict[str, int] = {}
@@ -219,6 +234,7 @@ class PredictLoop:
                 opened.append(self._open(at_s, setting))
         if unheld:
             self._journal.append(repositories.record_rounds, unheld)
+            self._tell(RoundsNotHeld(unheld))
             last = unheld[-1]
             log.warning(
                 "rounds_not_held",
@@ -235,6 +251,8 @@ class PredictLoop:
                     if known.lane.ready:
                         open_round.asked.add(known.model.model_no)
                     known.lane.ask(open_round)
+        if opened:
+            self._tell(RoundsOpened([item.round for item in opened]))
 
     def _open(self, at_s: int, setting: Setting) -> OpenRound:
         limits = self._config.predict
@@ -298,7 +316,7 @@ class PredictLoop:
             for no, status in open_round.outcomes.items():
                 self._count(by_no[no], status, reached=no in open_round.reached)
         if answers:
-            self._journal.append(repositories.add_answers, answers)
+            self._store(open_round, answers)
         self._journal.append(
             repositories.close_round,
             open_round.round_no,
@@ -363,6 +381,7 @@ class PredictLoop:
             **({"reason": closed.reason} if closed.reason else {}),
         )
         self._on_closed(closed)
+        self._tell(RoundClosed(closed))
 
     # -- answers -----------------------------------------------------------------------------------
 
@@ -388,15 +407,27 @@ class PredictLoop:
             detail=reply.detail,
             payload=reply.payload,
         )
-        if not self._journal.append(repositories.add_answers, [answer], size=len(reply.payload or b"")):
+        if not self._store(open_round, [answer]):
             status = AnswerStatus.FAILED
             refused = replace(
                 answer, status=status, payload=None, detail="the host could not store the answer"
             )
-            self._journal.append(repositories.add_answers, [refused])
+            self._store(open_round, [refused])
         open_round.outcomes[model_no] = status
         _note_first_round(participant, open_round)
         self._check_all_answered()
+
+    def _store(self, open_round: OpenRound, answers: list[Answer]) -> bool:
+        """Have them written; False where there is no room for them to wait."""
+        size = sum(len(answer.payload or b"") for answer in answers)
+        results = [(answer.status, answer.exec_time_us) for answer in answers]
+        stored = partial(self._stored, open_round, results)
+        return self._journal.append(repositories.add_answers, answers, then=stored, size=size)
+
+    def _stored(self, open_round: OpenRound, answers: list[tuple[AnswerStatus, int]], new: int) -> None:
+        after_s = self._clock.wall_s(self._clock.now() - (open_round.round.performed_at_ms or 0) / 1000)
+        for status, exec_time_us in answers:
+            self._tell(AnswerStored(status, exec_time_us, after_s))
 
     def _count(self, participant: Participant, status: AnswerStatus, *, reached: bool) -> None:
         """Move the model's counters; at the limit it is reported and disconnected.
@@ -462,6 +493,7 @@ class PredictLoop:
         known.lane = lane = Lane(known, connection, self._floor, self._clock.now())
         info = known.model.info
         log.info("model_joined", model_id=info.model_id, model=info.model_name, player=info.cruncher_name)
+        self._tell(ModelJoined(info))
         try:
             while True:
                 try:
@@ -475,6 +507,7 @@ class PredictLoop:
                 self._touch({known.model.model_no})
             if not self._stopping:
                 log.info("model_left", model_id=info.model_id)
+                self._tell(ModelLeft(known.model.info))
 
     def _enter(self, connection: Connection) -> Participant:
         """The books of a model that has connected; a new deployment starts with a clean slate."""

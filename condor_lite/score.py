@@ -7,6 +7,7 @@ and scored in the process pool, what concerns many models is computed in a threa
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -16,6 +17,7 @@ from condor_lite.clock import Clock
 from condor_lite.config import Config
 from condor_lite.game.entities import Leaderboard
 from condor_lite.game.scoring import Rules, load_rule
+from condor_lite.news import ScoresCycled, Tell, ignore
 from condor_lite.pool import ScoringPool
 from condor_lite.scorer import Checked, Scorer, ignore_checked
 from condor_lite.storage import rescores, scores
@@ -37,7 +39,7 @@ def configured_rules(config: Config) -> Rules:
 
 class ScoreLoop:
     """One game's scoring. `on_leaderboard(leaderboard)` is called on the event loop with each new one, and
-    `on_checked` when a round's answers have been looked into.
+    `on_checked` when a round's answers have been looked into; `tell` is told of rounds and cycles.
 
     `finish()` may be called while `run()` runs or when it does not, but `run()` must not end during it.
     """
@@ -49,15 +51,23 @@ class ScoreLoop:
         db: Database,
         on_leaderboard: Callable[[Leaderboard], None],
         on_checked: Checked = ignore_checked,
+        tell: Tell = ignore,
     ) -> None:
         self._config = config
         self._clock = clock
         self._db = db
         self._on_leaderboard = on_leaderboard
         self._on_checked = on_checked
+        self._tell = tell
         self._news = asyncio.Event()
         self._turn = asyncio.Lock()
         self._scorer: Scorer | None = None
+        self._pool: ScoringPool | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many answers no process has taken up yet."""
+        return self._pool.waiting if self._pool is not None else 0
 
     def wake(self) -> None:
         """Something may be due: a round closed, or prices arrived."""
@@ -84,7 +94,9 @@ class ScoreLoop:
                     async with self._turn:
                         if self._scorer is not scorer:
                             return
+                        turn_s = time.monotonic()
                         next_s = await scorer.cycle()
+                        self._tell(ScoresCycled(time.monotonic() - turn_s))
                 # The interval is the wall's; a stepped clock stands in for that, too.
                 pause_s = self._config.scoring.interval_s * self._clock.speed
                 await self._clock.sleep_until(begun_s + pause_s)
@@ -127,7 +139,9 @@ class ScoreLoop:
             )
         # In a thread, as a host's own rule is imported here.
         info, fingerprint = await asyncio.to_thread(lambda: (load_rule(rules.rule), rules.fingerprint()))
-        pool = await stack.enter_async_context(ScoringPool(scoring.workers, rules, scoring.time_limit_s))
+        self._pool = pool = await stack.enter_async_context(
+            ScoringPool(scoring.workers, rules, scoring.time_limit_s)
+        )
         before = await self._db.read(rescores.newest_version)
         version = await self._db.write(
             scores.current_scorer,
@@ -145,11 +159,19 @@ class ScoreLoop:
                 do="run `condor-lite rescore` to score the stored ones again",
             )
         return Scorer(
-            self._config, self._clock, self._db, pool, info, version, self._on_leaderboard, self._on_checked
+            self._config,
+            self._clock,
+            self._db,
+            pool,
+            info,
+            version,
+            self._on_leaderboard,
+            self._on_checked,
+            self._tell,
         )
 
     def _forget(self) -> None:
-        self._scorer = None
+        self._scorer = self._pool = None
 
     async def _news_or(self, at_s: float) -> None:
         """Return when there is news, or at `at_s`."""

@@ -21,11 +21,21 @@ from condor_lite.clock import Clock
 from condor_lite.config import Config
 from condor_lite.errors import StorageError
 from condor_lite.game.calibration import BriefSums, RoundCalibration, brief_rows
-from condor_lite.game.entities import Leaderboard, Model, Round, RoundScores, RuleInfo, VoidRound, Window
+from condor_lite.game.entities import (
+    Leaderboard,
+    Model,
+    Round,
+    RoundScores,
+    RoundStatus,
+    RuleInfo,
+    VoidRound,
+    Window,
+)
 from condor_lite.game.leaderboard import is_gone, reference_benchmark
 from condor_lite.game.outcome import SCORE, WAIT, Realised, Series, realise, verdict
 from condor_lite.game.rounds import score_round
 from condor_lite.game.windows import HOUR_S, WindowSums, window_start_s
+from condor_lite.news import AnswersInvalid, RoundSettled, Tell, ignore
 from condor_lite.pool import PoolError, ScoringPool
 from condor_lite.storage import repositories, rescores, scores
 from condor_lite.storage.calibration import add_calibration, load_brief_rows
@@ -102,6 +112,7 @@ class Scorer:
         version: int,
         on_leaderboard: Callable[[Leaderboard], None],
         on_checked: Checked = ignore_checked,
+        tell: Tell = ignore,
         *,
         again: bool = False,
     ) -> None:
@@ -115,6 +126,7 @@ class Scorer:
         self._version = version
         self._on_leaderboard = on_leaderboard
         self._on_checked = on_checked
+        self._tell = tell
         self._sums: WindowSums | None = None
         self._mixture: tuple[tuple[int, ...], int] | None = None
         self._calibration = BriefSums(config.game.settings)
@@ -263,6 +275,7 @@ class Scorer:
         self._on_checked(payloads.keys() - reasons.keys(), reasons)
         if reasons:
             done["invalid"] += len(reasons)
+            self._tell(AnswersInvalid(len(reasons)))
             log.debug("answers_invalid", round_id=round_.round_id, models=list(reasons))
 
     async def _scale_unit(self, round_: Round) -> float:
@@ -410,10 +423,15 @@ class Scorer:
             self._tell_checked(round_, task.payloads, failures, done)
         elif failures:
             done["invalid"] += len(failures)
+            self._tell(AnswersInvalid(len(failures)))
             log.warning("answers_not_scored", round_id=round_.round_id, reasons=dict(failures))
+        settled = replace(
+            round_, answered=round_.answered - len(failures), failed=round_.failed + len(failures)
+        )
         if isinstance(result, VoidRound):
             done["void"] += 1
             log.info("round_void", round_id=round_.round_id, reason=result.reason)
+            self._tell(RoundSettled(replace(settled, status=RoundStatus.VOID, reason=result.reason)))
         elif saved and self._sums is not None:
             done["rounds"] += 1
             done["answers"] += len(answers) - len(failures)
@@ -421,15 +439,17 @@ class Scorer:
             await asyncio.to_thread(self._sums.add, key, at_s, result)
             await asyncio.to_thread(self._calibration.add, brief_rows(key, at_s, added, times))
             log.debug("round_scored", round_id=round_.round_id, answers=len(answers), median=result.median)
+            self._tell(RoundSettled(replace(settled, status=RoundStatus.SCORED)))
 
     async def _void(self, round_: Round, reason: str, done: Counter[str]) -> None:
         if self._again:
             await self._db.write(rescores.leave_out, _no(round_), self._version, f"void: {reason}")
             return
-        await self._db.write(scores.void_round, _no(round_), reason)
+        settled = await self._db.write(_void, _no(round_), reason)
         self._troubles.pop(_no(round_), None)
         done["void"] += 1
         log.info("round_void", round_id=round_.round_id, reason=reason)
+        self._tell(RoundSettled(settled))
 
     async def _series(self, rounds: Iterable[Round]) -> dict[str, Series]:
         """Each asset's prices over all that its rounds span, read once."""
@@ -553,6 +573,12 @@ def _by_round(group: Sequence[_Answers], reasons: Mapping[int, str]) -> list[dic
 
 def _newest_prices_s(conn: sqlite3.Connection, assets: Iterable[str]) -> dict[str, int | None]:
     return {asset: repositories.newest_price_s(conn, asset) for asset in assets}
+
+
+def _void(conn: sqlite3.Connection, round_no: int, reason: str) -> Round:
+    """The round as it is then."""
+    scores.void_round(conn, round_no, reason)
+    return repositories.select_rounds(conn, "round_no = ?", (round_no,))[0]
 
 
 def _store(

@@ -18,8 +18,9 @@ from condor_lite.clock import Clock, GameClock
 from condor_lite.config import Config
 from condor_lite.control import Control
 from condor_lite.errors import CondorError
-from condor_lite.game.entities import Round
+from condor_lite.game.entities import Leaderboard, Round
 from condor_lite.models.orchestrator import Orchestrator
+from condor_lite.news import LeaderboardMade, LoopLate, News, PricesCame, ServiceRestarted, Tell
 from condor_lite.predict import PredictLoop
 from condor_lite.prices.feed import Feed
 from condor_lite.prices.replay import ReplaySource
@@ -27,7 +28,7 @@ from condor_lite.prices.source import Source
 from condor_lite.prices.sources import make_sources
 from condor_lite.report import server
 from condor_lite.report.api import create_app
-from condor_lite.report.live import Live
+from condor_lite.report.live import Live, ServiceState, Vitals
 from condor_lite.rescore import Rescorer
 from condor_lite.roster import Roster
 from condor_lite.score import ScoreLoop
@@ -48,15 +49,18 @@ class Service:
     """One named part of the game. When it fails, that is logged, and it is started again after a pause.
 
     A part that says when it has started (`run` takes `task_status`) may fail before that: nothing is retried
-    then. Only one that `may_end` may return.
+    then. Only one that `may_end` may return. `tell` is told of each restart.
     """
 
-    def __init__(self, name: str, run: Callable[..., Awaitable[None]], *, may_end: bool = False) -> None:
+    def __init__(
+        self, name: str, run: Callable[..., Awaitable[None]], tell: Tell, *, may_end: bool = False
+    ) -> None:
         self.name = name
         self.failure: str | None = None
         """Why it is not running, None while it is."""
         self.restarts = 0
         self._run = run
+        self._tell = tell
         self._may_end = may_end
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
@@ -89,8 +93,9 @@ class Service:
                             log.exception("service_failed", service=self.name, restart_in_s=pause_s)
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _RESTART_MOST_S)
-                    self.failure, starting = None, None
+                    failure, self.failure, starting = self.failure, None, None
                     log.info("service_restarted", service=self.name)
+                    self._tell(ServiceRestarted(self.name, failure))
         finally:
             self._ended.set()
 
@@ -122,13 +127,15 @@ class Game:
         db: Database,
         sources: Sequence[Source],
         orchestrator_port: int,
+        news: News,
     ) -> None:
         self.config = config
         self.clock = clock
         self.db = db
         self.journal = Journal(db)
         self.feed = Feed(config, clock, db, *sources)
-        self.watchdog = Watchdog()
+        self.news = news
+        self.watchdog = Watchdog(lambda late_s: news.tell(LoopLate(late_s)))
         self.live = Live(
             config=config,
             clock=clock,
@@ -136,12 +143,15 @@ class Game:
             problems=self.problems,
             feeds=self.feed.states,
             connected=self._connected,
+            vitals=self._vitals,
+            news=news,
         )
-        self.score = ScoreLoop(config, clock, db, self.live.publish, self._on_checked)
+        self.score = ScoreLoop(config, clock, db, self._on_leaderboard, self._on_checked, news.tell)
         self.predict = PredictLoop(
-            config, clock, db, self.journal, self.feed, orchestrator_port, self._on_closed
+            config, clock, db, self.journal, self.feed, orchestrator_port, self._on_closed, news.tell
         )
         self.feed.subscribe(lambda assets: self.score.wake())
+        self.feed.subscribe(lambda assets: news.tell(PricesCame(assets)))
         self.services: list[Service] = []
         self.web: server.Server
         self.orchestrator: Orchestrator | None = None
@@ -149,11 +159,25 @@ class Game:
     def _on_checked(self, valid: Set[int], invalid: Mapping[int, str]) -> None:
         self.predict.on_checked(valid, invalid)
 
+    def _on_leaderboard(self, leaderboard: Leaderboard) -> None:
+        self.live.publish(leaderboard)
+        self.news.tell(LeaderboardMade(leaderboard.created_at_s))
+
     def _on_closed(self, closed: Round) -> None:
         self.score.wake()
 
     def _connected(self) -> frozenset[str]:
         return frozenset(self.predict.fleet.running.keys() - self.predict.paused.keys())
+
+    def _vitals(self) -> Vitals:
+        return Vitals(
+            services=[
+                ServiceState(service.name, service.failure, service.restarts) for service in self.services
+            ],
+            workers=self.config.scoring.workers,
+            pool_waiting=self.score.waiting,
+            journal_waiting=self.journal.waiting,
+        )
 
     def problems(self) -> list[str]:
         """What keeps the game from being well, in words; empty when it is."""
@@ -249,31 +273,33 @@ async def _start(
     tasks: TaskGroup,
 ) -> Game:
     """Start every service, the models' processes first: they take longest."""
+    news = News()
     models: list[Service] = []
     orchestrator: Orchestrator | None = None
     port = config.orchestrator.port
     if config.orchestrator.mode == "local":
         orchestrator = Orchestrator(config, config.storage.path.parent)
-        models = [Service("models", orchestrator.run)]
+        models = [Service("models", orchestrator.run, news.tell)]
         await tasks.start(models[0].serve)
         port = orchestrator.port
-    game = Game(config, clock, db, sources, port)
+    game = Game(config, clock, db, sources, port, news)
     game.orchestrator = orchestrator
     await game.feed.start()
     roster = Roster(config.game.name, clock, db, game.journal, game.predict, orchestrator)
     await roster.start()
     rescorer = Rescorer(config, clock, db, game.score)
-    game.web = server.Server(create_app(game.live, db.reports), socket)
+    app = create_app(game.live, db.reports)
+    game.web = server.Server(app, socket, before_stop=app.state.stream.end)
     started = [
-        Service("control", Control(db.path, {**roster.commands, **rescorer.commands}).run),
-        Service("predict", game.predict.run),
-        Service("fleet", game.predict.fleet.run),
-        Service("rescore", rescorer.run),
-        Service("score", game.score.run),
-        Service("feed", game.feed.run, may_end=True),
-        Service("journal", game.journal.run),
-        Service("report", game.web.run),
-        Service("watchdog", game.watchdog.run),
+        Service("control", Control(db.path, {**roster.commands, **rescorer.commands}).run, news.tell),
+        Service("predict", game.predict.run, news.tell),
+        Service("fleet", game.predict.fleet.run, news.tell),
+        Service("rescore", rescorer.run, news.tell),
+        Service("score", game.score.run, news.tell),
+        Service("feed", game.feed.run, news.tell, may_end=True),
+        Service("journal", game.journal.run, news.tell),
+        Service("report", game.web.run, news.tell),
+        Service("watchdog", game.watchdog.run, news.tell),
     ]
     for service in started:
         tasks.start_soon(service.serve, name=service.name)

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 
 import structlog
@@ -39,9 +40,13 @@ def spare_the_loop() -> None:
 
 
 class Watchdog:
-    """`run()` beats on the event loop; a thread of its own looks whether the beats come."""
+    """`run()` beats on the event loop; a thread of its own looks whether the beats come.
 
-    def __init__(self) -> None:
+    `on_beat(late_s)` is called at each beat.
+    """
+
+    def __init__(self, on_beat: Callable[[float], None] = lambda late_s: None) -> None:
+        self._on_beat = on_beat
         self._delays_s: deque[float] = deque(maxlen=_KEPT)
         self._beat_s = time.monotonic()
         self._loop_thread = threading.get_ident()
@@ -65,8 +70,10 @@ class Watchdog:
             while True:
                 await asyncio.sleep(_BEAT_S)
                 now_s = time.monotonic()
-                self._delays_s.append(max(now_s - self._beat_s - _BEAT_S, 0.0))
+                late_s = max(now_s - self._beat_s - _BEAT_S, 0.0)
+                self._delays_s.append(late_s)
                 self._beat_s = now_s
+                self._on_beat(late_s)
         finally:
             self._ended.set()
 

@@ -30,11 +30,13 @@ from condor_lite.game.outcome import Series, realise
 from condor_lite.game.rounds import score_round
 from condor_lite.game.scoring import BUILT_IN, Rules, score
 from condor_lite.game.windows import WindowSums
+from condor_lite.news import News
 from condor_lite.prices.feed import FeedState
 from condor_lite.report import server
 from condor_lite.report.answers import moment
 from condor_lite.report.api import create_app
-from condor_lite.report.live import Live
+from condor_lite.report.live import Live, ServiceState, Vitals
+from condor_lite.report.stream import Stream
 from condor_lite.storage import repositories, scores
 from condor_lite.storage.database import Database
 
@@ -96,6 +98,7 @@ class Game:
     config: Config
     client: httpx.AsyncClient
     server: server.Server
+    stream: Stream
     problems: list[str] = field(default_factory=list)
     connected: set[str] = field(default_factory=set)
 
@@ -133,14 +136,17 @@ async def serve(folder: Path, extra: str = "", **more: Any) -> AsyncIterator[Gam
         problems=lambda: problems,
         feeds=lambda: states,
         connected=lambda: connected,
+        vitals=lambda: Vitals([ServiceState("predict", None, 0)], 1, 0, 0),
+        news=News(),
     )
     async with Database(config.storage.path) as db:
         sock = server.bind("127.0.0.1", 0)
-        served = server.Server(create_app(live, more.get("readers") or db.reports), sock)
+        app = create_app(live, more.get("readers") or db.reports)
+        served = server.Server(app, sock, before_stop=app.state.stream.end)
         async with anyio.create_task_group() as tasks:
             await tasks.start(served.run)
             async with httpx.AsyncClient(base_url=served.url) as client:
-                yield Game(db, live, config, client, served, problems, connected)
+                yield Game(db, live, config, client, served, app.state.stream, problems, connected)
             served.stop()
 
 

@@ -10,6 +10,7 @@ from condor_lite import config as configuration
 from condor_lite.config_sections import LIVE_SOURCES, SIMULATED_SOURCES
 from condor_lite.prices.sources import LIVE
 from condor_lite.report.api import ENDPOINTS, PAGES
+from condor_lite.report.events import EVENTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,6 +30,11 @@ def test_every_verb_is_in_the_readme_and_the_other_way_round() -> None:
 def test_the_changelog_knows_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert "## Unreleased" in changelog or f"## {__version__}" in changelog
+
+
+def test_every_event_is_in_the_readme() -> None:
+    about = README.split("`/events` names each event")[1].split("\n\n")[0]
+    assert EVENTS.keys() <= set(re.findall(r"`(\w+)`", about))
 
 
 def test_every_endpoint_is_in_the_readme_and_the_other_way_round() -> None:

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 from condor_lite.report.api import ENDPOINTS
 from condor_lite.report.openapi import Endpoint, document
 from condor_lite.report.params import read_moment
+from condor_lite.report.replies import JSON
 from tests.served import BTC_ROUND, play, serve
 
 TITLE = "Tiny & small"
@@ -29,7 +30,7 @@ DOCUMENT = document(ENDPOINTS, TITLE)
 FILL = {"model_id": "1", "round_id": BTC_ROUND}
 
 asked: Counter[int] = Counter()
-schema = schemathesis.openapi.from_dict(DOCUMENT)
+schema = schemathesis.openapi.from_dict(DOCUMENT).exclude(path="/events")  # has no end: tests/test_events.py
 
 
 @schema.hook
@@ -76,7 +77,11 @@ def test_it_was_asked_in_many_ways() -> None:
     assert not any(status >= 500 for status in asked)
 
 
-@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.url)
+@pytest.mark.parametrize(
+    "endpoint",
+    [endpoint for endpoint in ENDPOINTS if endpoint.media_types == (JSON,)],
+    ids=lambda endpoint: endpoint.url,
+)
 def test_a_real_answer_is_as_described(endpoint: Endpoint, url: str) -> None:
     answer = httpx.get(url + endpoint.url.format(**FILL)).raise_for_status()
     operation = DOCUMENT["paths"][endpoint.url]["get"]

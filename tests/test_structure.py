@@ -15,6 +15,7 @@ HOUSE = [
     *("config_values", "config_document", "config_settings", "config_sections", "config", "logs"),
     *(
         "pacer",
+        "news",
         "storage",
         "prices",
         "models",

@@ -23,11 +23,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from condor_lite.errors import QueryTimeout, StorageError
 from condor_lite.report import answers, game, hub, ops, pages, params
 from condor_lite.report.context import Context, NotFound
+from condor_lite.report.events import EVENTS
 from condor_lite.report.failures import failure, prefers_html
 from condor_lite.report.live import Live
 from condor_lite.report.openapi import REASONS, Endpoint, document
 from condor_lite.report.params import BadParameter, NoParams
 from condor_lite.report.replies import Reply, pack, respond
+from condor_lite.report.stream import EVENT_STREAM, EventStream, TooManyReaders
 from condor_lite.report.templates import HTML, render
 from condor_lite.storage.database import Readers
 
@@ -75,6 +77,9 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "game",
     ),
     Endpoint("/rounds/{round_id}", game.round_detail, game.RoundParams, answers.RoundDetail, "game"),
+    Endpoint(
+        "/events", ops.events, ops.EventsParams, str, "game", media_types=(EVENT_STREAM,), events=EVENTS
+    ),
     Endpoint("/healthz", ops.healthz, NoParams, answers.Health, "operations"),
     Endpoint("/readyz", ops.readyz, NoParams, answers.Readiness, "operations", {503: answers.NotReady}),
     Endpoint("/version", ops.version, NoParams, answers.Version, "operations"),
@@ -129,6 +134,7 @@ def create_app(live: Live, readers: Readers) -> Starlette:
         middleware=[Middleware(_Cors, live)] if live.config.report.cors_origins else [],
         exception_handlers={HTTPException: http_failure, Exception: fault},
     )
+    app.state.stream = context.stream
     app.router.redirect_slashes = False  # it would repeat the Host that a client sent
     return app
 
@@ -139,7 +145,7 @@ class _Cors(CORSMiddleware):
             app,
             allow_origins=live.config.report.cors_origins,
             allow_methods=_METHODS,
-            allow_headers=["If-None-Match"],
+            allow_headers=["If-None-Match", "Last-Event-ID"],
             expose_headers=["ETag", "X-Next-Before"],
         )
         self._live = live
@@ -186,13 +192,15 @@ class _Answers:
         try:
             sent: Any = NoParams()
             if asked.params is not NoParams:
-                query = QueryParams(scope["query_string"])
-                sent = params.read(asked.params, query.getlist, scope["path_params"])
+                query, headed = QueryParams(scope["query_string"]), Headers(scope=scope)
+                sent = params.read(asked.params, query.getlist, scope["path_params"], headed.getlist)
             reply = await asked.handler(self._context, sent)
         except BadParameter as error:
             status, what, detail = 400, "bad parameter", str(error)
         except NotFound as error:
             status, what, detail = 404, "not found", str(error)
+        except TooManyReaders as error:
+            status, what, detail, headers = 503, "too many clients", str(error), {"retry-after": "30"}
         except StorageError as error:
             status, detail, headers = 503, str(error), {"retry-after": "5"}
             what = "too slow" if isinstance(error, QueryTimeout) else "the database can't be read"
@@ -200,7 +208,10 @@ class _Answers:
             log.exception("request_failed", path=asked.path)
             status, what, detail = 500, *_FAULT
         else:
-            await respond(scope, send, reply, self._vary)
+            if isinstance(reply, EventStream):
+                await reply(scope, receive, send)
+            else:
+                await respond(scope, send, reply, self._vary)
             return
         response = failure(self._context.live, _accept(scope), status, what, detail, headers)
         await response(scope, receive, send)

@@ -13,9 +13,11 @@ import anyio.to_thread
 
 from condor_lite.errors import CondorError, QueryTimeout
 from condor_lite.game.entities import Leaderboard, Model
+from condor_lite.report.events import announce
 from condor_lite.report.live import Live
 from condor_lite.report.ready import ReadyMade, make
 from condor_lite.report.replies import Reply, encode_rows, pack
+from condor_lite.report.stream import Stream
 from condor_lite.storage import queries
 from condor_lite.storage.database import Readers
 
@@ -37,6 +39,8 @@ class Context:
     def __init__(self, live: Live, readers: Readers) -> None:
         self.live = live
         self.readers = readers
+        self.stream = Stream()
+        announce(live, self.stream)
         self.max_age_s = max(1, min(10, int(live.config.scoring.interval_s)))
         """How long a leaderboard is promised to hold, on the wall."""
         self._threads = anyio.CapacityLimiter(_THREADS)

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 
 from condor_lite.clock import Clock
 from condor_lite.config import Config
 from condor_lite.game.entities import Leaderboard
+from condor_lite.news import News
 from condor_lite.prices.feed import FeedState
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceState:
+    """`failure`: why it is not running, None while it is."""
+
+    name: str
+    failure: str | None
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """How the parts of the game are. `pool_waiting`: answers that no scoring process has taken up yet;
+    `journal_waiting`: entries that are not on disk yet.
+    """
+
+    services: Sequence[ServiceState]
+    workers: int
+    pool_waiting: int
+    journal_waiting: int
 
 
 class Live:
@@ -24,6 +47,8 @@ class Live:
         problems: Callable[[], Sequence[str]],
         feeds: Callable[[], Sequence[FeedState]],
         connected: Callable[[], Set[str]],
+        vitals: Callable[[], Vitals],
+        news: News,
     ) -> None:
         self.config = config
         self.clock = clock
@@ -31,6 +56,8 @@ class Live:
         self.problems = problems
         self.feeds = feeds
         self.connected = connected
+        self.vitals = vitals
+        self.news = news
         self.leaderboard: Leaderboard | None = None
 
     def publish(self, leaderboard: Leaderboard) -> None:

@@ -15,22 +15,26 @@ from condor_lite.report.answers import Failure
 from condor_lite.report.context import Context
 from condor_lite.report.params import Kind
 from condor_lite.report.replies import JSON, Reply
+from condor_lite.report.stream import EVENT_STREAM, EventStream
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`answer`: the type of the body of a 200; `params`: the dataclass of its parameters; `failures`: the
+    """`answer`: the type of the body of a 200, str where it is text; `events`: where that is a stream of
+    events, their data's types by name; `params`: the dataclass of its parameters; `failures`: the
     types of those errors that say more than others do. The handler's docstring is its summary.
     """
 
     path: str
-    handler: Callable[[Context, Any], Awaitable[Reply]]
+    handler: Callable[[Context, Any], Awaitable[Reply | EventStream]]
     params: type
     answer: Any
     family: str
     failures: Mapping[int, type] = field(default_factory=dict)
+    media_types: Sequence[str] = (JSON,)
+    events: Mapping[str, type] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -63,6 +67,7 @@ _ANSWER_HEADERS: Json = {
     "ETag": {"description": "names these bytes", "schema": {"type": "string"}},
     "Cache-Control": {"description": "how long the answer holds", "schema": {"type": "string"}},
 }
+_UNCHANGED = "It is as the client has it."
 _NEXT_PAGE: Json = {
     "X-Next-Before": {
         "description": "where there is more: what to send as `before` for the next page",
@@ -75,6 +80,7 @@ def document(endpoints: Sequence[Endpoint], title: str) -> Json:
     """The whole document."""
     types = [endpoint.answer for endpoint in endpoints]
     types += [kind for endpoint in endpoints for kind in endpoint.failures.values()]
+    types += [kind for endpoint in endpoints for kind in endpoint.events.values()]
     types.append(Failure)
     made, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     schemas = dict(zip(types, made, strict=True))
@@ -115,20 +121,25 @@ def _operation(endpoint: Endpoint, schemas: Mapping[Any, Json]) -> Json:
     impossible = {status for status, place in ((400, "query"), (404, "path")) if place not in sent_in}
     paged = any(parameter["name"] == "before" for parameter in parameters)
     headers = {**_ANSWER_HEADERS, **(_NEXT_PAGE if paged else {})}
+    content = {kind: {"schema": schemas[endpoint.answer]} for kind in endpoint.media_types}
+    if endpoint.events:  # it has no end, and so no tag; OpenAPI 3.1 has no words for what is in it
+        headers = {}
+        content[EVENT_STREAM]["x-events"] = {name: schemas[kind] for name, kind in endpoint.events.items()}
+    if_none_match = [] if endpoint.events else [{"$ref": "#/components/parameters/IfNoneMatch"}]
     summary, _, more = (endpoint.handler.__doc__ or "").partition("\n\n")
     return {
         "operationId": f"{endpoint.family}_{endpoint.handler.__name__}",
         "tags": [endpoint.family],
         "summary": summary.strip(),
         **({"description": cleandoc(more)} if more.strip() else {}),
-        "parameters": [*parameters, {"$ref": "#/components/parameters/IfNoneMatch"}],
+        "parameters": parameters + if_none_match,
         "responses": {
             "200": {
                 "description": "The answer.",
                 "headers": headers,
-                "content": {JSON: {"schema": schemas[endpoint.answer]}},
+                "content": content,
             },
-            "304": {"description": "It is as the client has it.", "headers": headers},
+            **({} if endpoint.events else {"304": {"description": _UNCHANGED, "headers": headers}}),
             **{
                 str(status): {"$ref": f"#/components/responses/{_name(status)}"}
                 for status in REASONS
@@ -149,9 +160,9 @@ def _parameter(entry: Field[Any]) -> Json:
         schema["default"] = entry.default
     return {
         "name": kind.name or entry.name,
-        "in": "path" if kind.in_path else "query",
+        "in": kind.place,
         "required": entry.default is MISSING,
-        **({} if kind.in_path or kind.may_be_empty else {"allowEmptyValue": True}),
+        **({"allowEmptyValue": True} if kind.place == "query" and not kind.may_be_empty else {}),
         **({"description": kind.doc} if kind.doc else {}),
         "schema": schema,
         # An array is one value, joined by commas.

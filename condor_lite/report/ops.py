@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import platform
 import sqlite3
+from dataclasses import dataclass, field
 
 from condor_lite import __version__
 from condor_lite.errors import StorageError
+from condor_lite.report import params
 from condor_lite.report.answers import Health, NotReady, Readiness, Version
 from condor_lite.report.context import Context
 from condor_lite.report.params import NoParams
 from condor_lite.report.replies import Reply, pack
+from condor_lite.report.stream import EventStream
 from condor_lite.storage import queries
 
 _VERSION_FOR_S = 60
@@ -45,3 +48,20 @@ async def version(context: Context, sent: NoParams) -> Reply:
         ),
         _VERSION_FOR_S,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class EventsParams:
+    last_event_id: str | None = field(
+        default=None,
+        metadata=params.header("Last-Event-ID", "what a client got last: it is sent all that it missed"),
+    )
+
+
+async def events(context: Context, sent: EventsParams) -> EventStream:
+    """What happens in the game, as it happens: server-sent events.
+
+    Each has the name of one of the kinds below, and one JSON object as its data. A client that comes back is
+    sent what it missed; where that is too much, or the program was started anew, `reset`.
+    """
+    return context.stream.open(sent.last_event_id)

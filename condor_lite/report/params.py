@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from condor_lite.errors import CondorError
 
@@ -37,7 +37,7 @@ class Kind:
     schema: Mapping[str, Any]
     name: str | None = None
     """Its name in the URL, where it differs from the field's."""
-    in_path: bool = False
+    place: Literal["query", "path", "header"] = "query"
     may_be_empty: bool = False
     doc: str = ""
 
@@ -140,8 +140,13 @@ def word(doc: str = "") -> Metadata:
 def path(doc: str = "") -> Metadata:
     """A part of the path."""
     return {
-        "kind": Kind(lambda values: values[-1], {"type": "string", "minLength": 1}, in_path=True, doc=doc)
+        "kind": Kind(lambda values: values[-1], {"type": "string", "minLength": 1}, place="path", doc=doc)
     }
+
+
+def header(name: str, doc: str = "") -> Metadata:
+    """A header, as it was sent."""
+    return {"kind": Kind(lambda values: values[-1], {"type": "string"}, name=name, place="header", doc=doc)}
 
 
 def read_moment(value: str) -> float:
@@ -159,17 +164,25 @@ def read_moment(value: str) -> float:
         raise ValueError("must be an ISO 8601 time, such as 2026-11-21T01:00:00Z") from None
 
 
-def read(kind: type[T], sent: Callable[[str], Sequence[str]], in_path: Mapping[str, str]) -> T:
+def read(
+    kind: type[T],
+    sent: Callable[[str], Sequence[str]],
+    in_path: Mapping[str, str],
+    in_headers: Callable[[str], Sequence[str]] = lambda name: (),
+) -> T:
     """Fill the dataclass `kind`; what was not sent, or sent empty, keeps its default. Raises BadParameter.
 
-    `sent(name)`: all values in the query.
+    `sent(name)`: all values in the query, `in_headers(name)`: in the headers.
     """
     given: dict[str, Any] = {}
     for entry in fields(kind):  # type: ignore[arg-type]
         how: Kind = entry.metadata["kind"]
         name = how.name or entry.name
-        values = [in_path[entry.name]] if how.in_path else sent(name)
-        if not values or not (any(values) or how.may_be_empty or how.in_path):
+        if how.place == "path":
+            values: Sequence[str] = [in_path[entry.name]]
+        else:
+            values = (sent if how.place == "query" else in_headers)(name)
+        if not values or not (any(values) or how.may_be_empty or how.place == "path"):
             continue
         try:
             given[entry.name] = how.read(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 
 import anyio
@@ -91,8 +91,12 @@ class _Uvicorn(uvicorn.Server):
 class Server:
     """Serves one application. `run` may be called again once it has ended: it binds the address anew."""
 
-    def __init__(self, app: ASGIApp, sock: socket.socket) -> None:
+    def __init__(
+        self, app: ASGIApp, sock: socket.socket, before_stop: Callable[[], None] = lambda: None
+    ) -> None:
+        """`before_stop` ends the answers that have no end of their own."""
         self._app = app
+        self._before_stop = before_stop
         self._sock = sock
         self._host: str = sock.getsockname()[0]
         self._server: _Uvicorn | None = None
@@ -140,7 +144,7 @@ class Server:
                 task_status.started()
             await asyncio.wait({serving})
         finally:
-            server.should_exit = True
+            self.stop()
             started.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.wait({serving})
@@ -151,4 +155,5 @@ class Server:
     def stop(self) -> None:
         """Take no more requests; `run` ends when those under way are answered."""
         if self._server is not None:
+            self._before_stop()
             self._server.should_exit = True
