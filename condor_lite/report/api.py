@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,21 +14,22 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from condor_lite.errors import QueryTimeout, StorageError
-from condor_lite.report import answers, game, hub, ops, pages, params
+from condor_lite.report import answers, game, hub, ops, params
 from condor_lite.report.context import Context, NotFound
 from condor_lite.report.events import EVENTS
 from condor_lite.report.failures import failure, prefers_html
+from condor_lite.report.files import Files
 from condor_lite.report.live import Live
 from condor_lite.report.openapi import REASONS, Endpoint, document
+from condor_lite.report.pages import leaderboard
+from condor_lite.report.pages.common import FOR_S, Page, show
 from condor_lite.report.params import BadParameter, NoParams
 from condor_lite.report.replies import Reply, pack, respond
 from condor_lite.report.stream import EVENT_STREAM, EventStream, TooManyReaders
-from condor_lite.report.templates import HTML, render
 from condor_lite.storage.database import Readers
 
 log = structlog.get_logger()
@@ -43,7 +42,7 @@ async def openapi(context: Context, sent: NoParams) -> Reply:
 
 async def docs(context: Context, sent: NoParams) -> Reply:
     """The same as a page."""
-    return await context.remembered("docs", math.inf, partial(_show, context))
+    return await context.remembered("docs", FOR_S, partial(_show, context))
 
 
 ENDPOINTS: tuple[Endpoint, ...] = (
@@ -87,17 +86,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """For people. At an endpoint's own path it is what a client gets that prefers HTML, as browsers do."""
-
-    path: str
-    handler: Callable[[Context, Any], Awaitable[Reply]]
-    params: type
-
-
 PAGES: tuple[Page, ...] = (
-    Page("/", pages.leaderboard, game.LeaderboardParams),
+    Page("/", leaderboard.page, game.LeaderboardParams),
     Page("/docs", docs, NoParams),
 )
 
@@ -124,11 +114,11 @@ def create_app(live: Live, readers: Readers) -> Starlette:
 
     endpoints = {endpoint.path: endpoint for endpoint in ENDPOINTS}
     by_path = {page.path: page for page in PAGES}
-    routes: list[Route | Mount] = [
+    routes = [
         Route(path, _Answers(context, endpoints.get(path), by_path.get(path)), methods=_METHODS)
         for path in dict.fromkeys((*endpoints, *by_path))
     ]
-    routes.append(Mount("/static", StaticFiles(packages=[("condor_lite.report", "static")])))
+    routes.append(Route("/static/{name}", Files(), methods=_METHODS))
     app = Starlette(
         routes=routes,
         middleware=[Middleware(_Cors, live)] if live.config.report.cors_origins else [],
@@ -164,14 +154,9 @@ async def _describe(context: Context) -> Reply:
 
 
 async def _show(context: Context) -> Reply:
-    live = context.live
-
-    def work() -> Reply:
-        api = document(ENDPOINTS, live.config.game.name)
-        page = render(live, "docs.html", api=api, errors=REASONS.items())
-        return pack(page, _DESCRIBED_FOR_S, media_type=HTML)
-
-    return await context.in_thread(work)
+    title = context.live.config.game.name
+    api = await context.remembered("api", math.inf, lambda: context.in_thread(document, ENDPOINTS, title))
+    return await show(context, "docs.html", at="/docs", api=api, errors=REASONS.items())
 
 
 class _Answers:

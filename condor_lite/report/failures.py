@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from condor_lite.report.answers import Failure
 from condor_lite.report.live import Live
+from condor_lite.report.pages.common import HTML, render
 from condor_lite.report.replies import JSON
-from condor_lite.report.templates import HTML, render
 
 
 def prefers_html(accept: str) -> bool:

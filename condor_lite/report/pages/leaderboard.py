@@ -1,20 +1,20 @@
-"""The pages for people. One so far: the leaderboard, which reloads itself."""
+"""The leaderboard."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from condor_lite.game.entities import Standing, Window
 from condor_lite.report import ready
 from condor_lite.report.answers import horizon_label, moment
 from condor_lite.report.context import Context
 from condor_lite.report.game import LeaderboardParams
-from condor_lite.report.replies import Reply, pack
-from condor_lite.report.templates import HTML, render
+from condor_lite.report.pages.common import show
+from condor_lite.report.replies import Reply
 from condor_lite.storage import queries
 
-_RELOAD_S = 10
 _FOR_S = 2.0
 _ROUNDS = 8
 _MOST_MODELS = 1000
@@ -50,7 +50,7 @@ class RoundLine:
     absent: int
 
 
-async def leaderboard(context: Context, sent: LeaderboardParams) -> Reply:
+async def page(context: Context, sent: LeaderboardParams) -> Reply:
     """The leaderboard in the order of one window, the prices, and the latest rounds."""
     made = await context.ready()
     return await context.remembered(("page", sent.window), _FOR_S, partial(_page, context, made, sent.window))
@@ -68,7 +68,7 @@ async def _page(context: Context, made: ready.ReadyMade, window: Window) -> Repl
         before_round_no=None,
         limit=_ROUNDS,
     )
-    values = {
+    values: dict[str, Any] = {
         "window": window,
         "windows": list(Window),
         "now": moment(int(now_s)),
@@ -96,13 +96,9 @@ async def _page(context: Context, made: ready.ReadyMade, window: Window) -> Repl
             )
             for row in rounds
         ],
-        "problems": list(live.problems()),
         "first_scores_after": _first_scores_after(context),
-        "reload_s": _RELOAD_S,
     }
-    return await context.in_thread(
-        lambda: pack(render(live, "leaderboard.html", **values), int(_FOR_S), media_type=HTML)
-    )
+    return await show(context, "leaderboard.html", at="/", **values)
 
 
 def _line(standing: Standing, window: Window, made: ready.ReadyMade) -> Line:

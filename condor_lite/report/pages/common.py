@@ -1,0 +1,162 @@
+"""What all pages share: the templates and what these may call, and the frame around each page.
+
+A page's module has a handler that gathers values on the event loop and lets `show` render them in a thread.
+In a template, an element with an `id` and `data-live="leaderboard round_scored ..."` is fetched anew when one
+of these events comes; `static/live.js` and `table.js` say what else pages can ask of the browser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from condor_lite import __version__
+from condor_lite.report.answers import horizon_label, moment
+from condor_lite.report.context import Context
+from condor_lite.report.files import address
+from condor_lite.report.live import Live
+from condor_lite.report.replies import Reply, pack
+
+HTML = "text/html; charset=utf-8"
+FOR_S = 2
+"""How long a page is remembered, and how long it holds (wall)."""
+
+NONE = "–"  # noqa: RUF001 - as a reader knows it
+_NAV = (
+    ("/", "Leaderboard"),
+    ("/rounds", "Rounds"),
+    ("/prices", "Prices"),
+    ("/status", "Status"),
+    ("/about", "About"),
+    ("/docs", "API"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """For people. At an endpoint's own path it is what a client gets that prefers HTML, as browsers do."""
+
+    path: str
+    handler: Callable[[Context, Any], Awaitable[Reply]]
+    params: type
+
+
+async def show(
+    context: Context, template: str, *, at: str = "", max_age_s: int = FOR_S, **values: object
+) -> Reply:
+    """A page, rendered in a thread. `at`: the address in the navigation that it belongs to."""
+    live = context.live
+    problems = list(live.problems())
+    return await context.in_thread(
+        lambda: pack(render(live, template, at=at, problems=problems, **values), max_age_s, media_type=HTML)
+    )
+
+
+def render(
+    live: Live, template: str, *, at: str = "", problems: Sequence[str] = (), **values: object
+) -> bytes:
+    """The page's HTML. Everything that is put into a template is escaped."""
+    source = live.config.feed.source
+    text = _templates.get_template(template).render(
+        game=live.config.game.name,
+        synthetic=source == ("synthetic",),
+        replayed=source == ("replay",),
+        program=__version__,
+        nav=_NAV,
+        at=at,
+        problems=problems,
+        now_s=live.clock.now(),
+        speed=live.clock.speed,
+        **values,
+    )
+    return text.encode()
+
+
+def stamp(at_s: float) -> str:
+    """`2026-11-21 15:44:32 UTC`."""
+    return f"{moment(int(at_s))[:19].replace('T', ' ')} UTC"
+
+
+def time_of_day(at_s: float) -> str:
+    """`15:44:32`, UTC."""
+    return moment(int(at_s))[11:19]
+
+
+def span(length_s: float) -> str:
+    """A length of time in words, as `static/live.js` says it: `40 s`, `12 min`, `3 h`, `2 d`."""
+    length_s = max(length_s, 0.0)
+    for unit, unit_s, below_s in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
+        if length_s < below_s:
+            return f"{length_s / unit_s:.0f} {unit}"
+    return f"{length_s / 86400:.0f} d"
+
+
+def price(value: float | None) -> str:
+    """With six significant digits, at least two decimals, and thousands kept apart."""
+    return NONE if value is None else f"{value:,.{max(2, 6 - len(str(int(abs(value)))))}f}"
+
+
+def signed(value: float | None, decimals: int = 2) -> str:
+    """`+1.23`, with a true minus sign."""
+    return NONE if value is None else f"{value:+.{decimals}f}".replace("-", "−")  # noqa: RUF001
+
+
+def percent(share: float | None, decimals: int = 0) -> str:
+    return NONE if share is None else f"{100 * share:.{decimals}f} %"
+
+
+def answer_time(exec_time_us: float | None) -> str:
+    """`850 µs`, `12 ms`, `1.3 s`."""
+    if exec_time_us is None:
+        return NONE
+    if exec_time_us < 1000:
+        return f"{exec_time_us:.0f} µs"
+    ms = exec_time_us / 1000
+    return f"{ms:.{1 if ms < 10 else 0}f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"
+
+
+def size(count: float) -> str:
+    """Bytes: `12 KB`, `3.4 MB`."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.{0 if unit == 'B' or count >= 10 else 1}f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def part(text: str) -> str:
+    """One part of an address's path, slashes included."""
+    return quote(text, safe="")
+
+
+def query(**values: object) -> str:
+    """`?window=recent&sort=model`, without what is None or empty."""
+    text = urlencode({name: value for name, value in values.items() if value not in (None, "")})
+    return f"?{text}" if text else "?"
+
+
+_templates = Environment(
+    loader=PackageLoader("condor_lite.report"),
+    autoescape=select_autoescape(default=True),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_templates.filters.update(
+    answer_time=answer_time,
+    duration=horizon_label,
+    moment=lambda at_s: moment(int(at_s)),
+    part=part,
+    percent=percent,
+    price=price,
+    signed=signed,
+    size=size,
+    span=span,
+    stamp=stamp,
+    time_of_day=time_of_day,
+)
+_templates.globals.update(query=query, static=address)
