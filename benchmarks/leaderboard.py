@@ -87,7 +87,7 @@ async def _measure(hours: int) -> float:
             delays: list[float] = []
             beating = asyncio.create_task(_beat(delays))
             started_s = time.perf_counter()
-            await scorer._publish(changed=True)
+            await scorer.board.publish(changed=True)
             rebuilt_s = time.perf_counter() - started_s
             rebuild_delay_s = max(delays)
             await asyncio.sleep(0.2)
@@ -96,7 +96,7 @@ async def _measure(hours: int) -> float:
             for _ in range(REFRESHES):
                 del boards[:-1]
                 started_s = time.perf_counter()
-                await scorer._publish(changed=True)
+                await scorer.board.publish(changed=True)
                 published_s = time.perf_counter()
                 models = await db.read(repositories.load_models)
                 await asyncio.to_thread(make, boards[-1], models, frozenset(), NOW_S, 10)

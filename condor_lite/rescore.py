@@ -290,7 +290,7 @@ class Rescorer:
         with self._clock.hold():
             async with self._score.standing_still():
                 await self._catch_up(run, scorer, behind=False)
-                await scorer.publish_anew()
+                await scorer.board.publish_anew()
                 configured = configured_rules(self._config)
                 switched = await self._db.write(rescores.switch, job, configured, made[-1])
                 if switched:

@@ -1,4 +1,4 @@
-"""What a scoring cycle does: check answers, settle rounds, keep the window sums, publish the leaderboard.
+"""What a scoring cycle does: check answers, settle and score rounds, keep the leaderboard (`board`).
 
 A round's scores are one transaction, and a second time nothing is stored: a cycle may be cut off anywhere.
 """
@@ -9,38 +9,29 @@ import asyncio
 import math
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence, Set
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 
+from condor_lite.board import Board
 from condor_lite.clock import Clock
 from condor_lite.config import Config
-from condor_lite.errors import StorageError
-from condor_lite.game.calibration import BriefSums, RoundCalibration, brief_rows
-from condor_lite.game.entities import (
-    Leaderboard,
-    Model,
-    Round,
-    RoundScores,
-    RoundStatus,
-    RuleInfo,
-    VoidRound,
-    Window,
-)
-from condor_lite.game.leaderboard import is_gone, reference_benchmark
+from condor_lite.game.calibration import RoundCalibration
+from condor_lite.game.entities import Leaderboard, Round, RoundScores, RoundStatus, RuleInfo, VoidRound
 from condor_lite.game.outcome import SCORE, WAIT, Realised, Series, realise, verdict
 from condor_lite.game.rounds import score_round
-from condor_lite.game.windows import HOUR_S, WindowSums, window_start_s
+from condor_lite.game.windows import HOUR_S
 from condor_lite.news import AnswersInvalid, RoundSettled, Tell, ignore
-from condor_lite.pool import PoolError, ScoringPool
+from condor_lite.pool import ScoringPool
 from condor_lite.storage import repositories, rescores, scores
-from condor_lite.storage.calibration import add_calibration, load_brief_rows
+from condor_lite.storage.calibration import add_calibration
 from condor_lite.storage.compression import whole_bytes
 from condor_lite.storage.database import Database
+from condor_lite.troubles import Troubles
 from condor_lite.worker import ScoringItem, ValidationItem
 
 log = structlog.get_logger()
@@ -48,23 +39,10 @@ log = structlog.get_logger()
 _Answers = tuple[Round, dict[int, bytes]]  # a round and its payloads by `model_no`, as they are stored
 
 _PAGE = 256  # rounds looked at together
-_MODELS = 64  # whose calibration is read at a time: a week of them is some ten milliseconds
 _GROUP_BYTES = 24 * 2**20  # answers in the pool at a time; as many are read, and as many stored, meanwhile
 _ANSWER_BYTES = 4096  # what an answer counts as besides its payload: small ones are work, too
-_TRIES = 5
-_RETRY_FIRST_S = 10.0  # on the wall; doubled with each try
 _PRUNED_ROWS = 500  # a step: a few milliseconds of the writer
 _PRUNE_STEPS = 20  # a cycle
-_OURS = (sqlite3.OperationalError, StorageError, PoolError, OSError)  # no round is to blame for these
-
-
-@dataclass(frozen=True, slots=True)
-class _Trouble:
-    """A round that could not be scored, for a reason of its own."""
-
-    reason: str
-    tries: int
-    retry_at_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,35 +102,26 @@ class Scorer:
         self._pool = pool
         self._info = info
         self._version = version
-        self._on_leaderboard = on_leaderboard
         self._on_checked = on_checked
         self._tell = tell
-        self._sums: WindowSums | None = None
-        self._mixture: tuple[tuple[int, ...], int] | None = None
-        self._calibration = BriefSums(config.game.settings)
-        self._models: list[Model] = []
-        self._troubles: dict[int, _Trouble] = {}
-        self._leaderboard: Leaderboard | None = None
-        self._leader: int | None = None
-        self._shown: tuple[float, object] | None = None
-        self._published_s = -math.inf
-        self._snapshot: float | None = None
+        self._troubles = Troubles(clock)
+        self.board = Board(config, clock, db, info, version, on_leaderboard)
 
     async def cycle(self) -> float:
         """Do all that is due now; the game's time at which more becomes due without any news."""
         done: Counter[str] = Counter()
         try:
-            if self._sums is None:
-                await self._publish(changed=True)
+            if not self.board.is_current:
+                await self.board.publish(changed=True)
             await self._validate(done)
             pending_s = await self._settle(done)
-            await self._publish(changed=bool(done))
+            await self.board.publish(changed=bool(done))
         except BaseException:
-            self._sums = None  # a round may be stored and not yet added
+            self.board.distrust()
             raise
         if done:
             log.debug("scores", **done)
-            self._tell_leader()
+            self.board.tell_leader()
         await self._prune()
         now_s, every_s = self._clock.now(), self._config.scoring.snapshot_interval_s
         return min(pending_s, (now_s // HOUR_S + 1) * HOUR_S, (now_s // every_s + 1) * every_s)
@@ -164,78 +133,12 @@ class Scorer:
         benchmarks are those of today.
         """
         done: Counter[str] = Counter()
-        self._models = await self._db.read(repositories.load_models)
+        await self.board.load_models()
         answers = await self._score(rounds, frozenset(), done)
         for round_no, trouble in self._troubles.items():
             await self._db.write(rescores.leave_out, round_no, self._version, trouble.reason)
         self._troubles.clear()
         return answers
-
-    async def publish_anew(self) -> None:
-        """A leaderboard from all that is stored now; it is not kept."""
-        self._sums = self._snapshot = self._mixture = None
-        await self._publish(changed=True)
-
-    # The leaderboard
-
-    async def _publish(self, changed: bool) -> None:
-        """A new leaderboard where it differs: scores, models or the hour changed. At times it is stored."""
-        now_s = self._clock.now()
-        self._models = await self._db.read(repositories.load_models)
-        benchmark = reference_benchmark(self._models, now_s)
-        if self._sums is None or self._sums.benchmark != benchmark:
-            self._sums = await self._summed(benchmark, now_s)
-            changed = True
-        models = [(model.model_no, model.info, is_gone(model, now_s)) for model in self._models]
-        shown = (now_s // HOUR_S, models)
-        snapshot = now_s // self._config.scoring.snapshot_interval_s
-        if changed or shown != self._shown or snapshot != self._snapshot:
-            most = self._config.game.max_models_per_player
-            briefs = await asyncio.to_thread(self._calibration.briefs, now_s)
-            self._leaderboard = await asyncio.to_thread(
-                self._sums.leaderboard, now_s, self._models, most, briefs
-            )
-            if self._mixture is None or (any(self._mixture) and self._shown and self._shown[0] != shown[0]):
-                # New rounds are all of this version: only time can change it, and only towards nothing.
-                since_s = window_start_s(Window.ANCHOR, now_s)
-                self._mixture = await self._db.read(rescores.mixture, self._version, since_s)
-            carried, uncounted = self._mixture
-            self._leaderboard = replace(self._leaderboard, mixed_versions=carried, uncounted=uncounted)
-            self._shown, self._published_s = shown, now_s
-            self._on_leaderboard(self._leaderboard)
-            if self._snapshot is not None and snapshot != self._snapshot:
-                await self._db.write(scores.save_leaderboard, self._leaderboard, True)
-            self._snapshot = snapshot
-
-    async def _summed(self, benchmark: int | None, now_s: float) -> WindowSums:
-        """The sums of all that is stored."""
-        sums = WindowSums(
-            self._config.game.settings, self._info, scorer_version=self._version, benchmark=benchmark
-        )
-        self._calibration = BriefSums(self._config.game.settings)
-        since_s = window_start_s(Window.ANCHOR, now_s)
-        while since_s <= now_s:  # by the hour: a week of a large game is millions of rows
-            until_s = since_s + HOUR_S
-            rows = await self._db.read(scores.load_window_rows, self._version, since_s, until_s)
-            await asyncio.to_thread(sums.load, rows)
-            since_s = until_s
-        numbers = [model.model_no for model in self._models]
-        since_s = window_start_s(Window.ANCHOR, now_s)
-        for setting in self._config.game.settings:
-            for at in range(0, len(numbers), _MODELS):
-                some = numbers[at : at + _MODELS]
-                briefs = await self._db.read(
-                    load_brief_rows, self._version, setting, (some[0], some[-1]), since_s
-                )
-                await asyncio.to_thread(self._calibration.add, briefs)
-        return sums
-
-    def _tell_leader(self) -> None:
-        standings = self._leaderboard.standings if self._leaderboard else ()
-        first = next((standing for standing in standings if standing.rank == 1), None)
-        if first is not None and first.model.model_no != self._leader:
-            self._leader = first.model.model_no
-            log.info("leader", model=first.model.info.model_name, score=_rounded(first.overall.anchor))
 
     # Checking answers
 
@@ -265,7 +168,7 @@ class Scorer:
             items += [ValidationItem(payload, round_.setting, unit) for payload in payloads.values()]
         invalid = _by_round(group, await self._pool.validate(items))
         for (round_, payloads), reasons in zip(group, invalid, strict=True):
-            with self._blaming(round_):
+            with self._troubles.blaming(round_):
                 await self._db.write(repositories.save_validation, _no(round_), reasons)
                 self._tell_checked(round_, payloads, reasons, done)
 
@@ -328,8 +231,8 @@ class Scorer:
             ready = [round_ for round_, decision in decided if decision == SCORE]
             await self._score(ready, unchecked, done)
             pause_s = scoring.interval_s * self._clock.speed
-            if len(found) == limit and now_s - self._published_s >= pause_s:
-                await self._publish(changed=True)  # a long backlog shows as it shrinks
+            if len(found) == limit and now_s - self.board.published_s >= pause_s:
+                await self.board.publish(changed=True)  # a long backlog shows as it shrinks
 
         # What is left of the rounds that are due already stands before those that are not.
         left = len(waiting) + len(self._troubles)
@@ -373,7 +276,7 @@ class Scorer:
         series = await self._series([round_ for round_, _ in group])
         tasks: list[_Task] = []
         for round_, payloads in group:
-            with self._blaming(round_):
+            with self._troubles.blaming(round_):
                 realised = await asyncio.to_thread(self._realise, series[round_.asset], round_)
                 is_unchecked = _no(round_) in unchecked
                 if realised.void_reason is not None:
@@ -400,7 +303,7 @@ class Scorer:
 
     async def _save_all(self, scored: Sequence[_Scored], done: Counter[str]) -> None:
         for one in scored:
-            with self._blaming(one.task.round):
+            with self._troubles.blaming(one.task.round):
                 await self._save(one, done)
 
     async def _save(self, scored: _Scored, done: Counter[str]) -> None:
@@ -409,7 +312,7 @@ class Scorer:
         values: dict[int, float | None] = dict.fromkeys(task.counted)
         answers = dict(zip(task.payloads, scored.raw.tolist(), strict=True))
         values.update((model_no, value) for model_no, value in answers.items() if model_no not in failures)
-        benchmarks = {model.model_no for model in self._models if model.info.benchmark}
+        benchmarks = {model.model_no for model in self.board.models if model.info.benchmark}
         result = await asyncio.to_thread(score_round, values, benchmarks, realised.no_move, self._info)
         added = _calibration(task, scored.calibration, failures)
         at_ms = int(self._clock.now() * 1000)
@@ -432,12 +335,10 @@ class Scorer:
             done["void"] += 1
             log.info("round_void", round_id=round_.round_id, reason=result.reason)
             self._tell(RoundSettled(replace(settled, status=RoundStatus.VOID, reason=result.reason)))
-        elif saved and self._sums is not None:
+        elif saved:
             done["rounds"] += 1
             done["answers"] += len(answers) - len(failures)
-            key, at_s = round_.setting.key, round_.resolvable_at_s
-            await asyncio.to_thread(self._sums.add, key, at_s, result)
-            await asyncio.to_thread(self._calibration.add, brief_rows(key, at_s, added, times))
+            await self.board.add(round_, result, added, times)
             log.debug("round_scored", round_id=round_.round_id, answers=len(answers), median=result.median)
             self._tell(RoundSettled(replace(settled, status=RoundStatus.SCORED)))
 
@@ -494,40 +395,18 @@ class Scorer:
         for place, round_ in enumerate(rounds):
             if size >= _GROUP_BYTES:
                 return group, rounds[place:]
-            with self._blaming(round_):
+            with self._troubles.blaming(round_):
                 read = rescores.payloads if self._again else repositories.payloads
                 payloads = await self._db.read(read, _no(round_))
                 group.append((round_, payloads))
                 size += sum(_ANSWER_BYTES + whole_bytes(payload) for payload in payloads.values())
         return group, []
 
-    # Rounds in trouble
-
-    @contextmanager
-    def _blaming(self, round_: Round) -> Iterator[None]:
-        """What goes wrong with one round is that round's: it is tried again later, and the others go on."""
-        try:
-            yield
-        except _OURS:
-            raise
-        except Exception as error:
-            before = self._troubles.get(_no(round_))
-            tries = before.tries + 1 if before else 1
-            pause_s = _RETRY_FIRST_S * 2 ** (tries - 1)
-            retry_at_s = self._clock.now() + pause_s * self._clock.speed
-            reason = f"scoring failed: {type(error).__name__}: {error}"
-            self._troubles[_no(round_)] = _Trouble(reason, tries, retry_at_s)
-            log.exception("round_not_scored", round_id=round_.round_id, tries=tries, retry_in_s=pause_s)
-
     async def _worth_a_try(self, rounds: Iterable[Round], done: Counter[str]) -> list[Round]:
         """Those not in trouble, or with another try due. One that failed for good is void."""
-        worth = []
-        for round_ in rounds:
-            trouble = self._troubles.get(_no(round_))
-            if trouble is not None and trouble.tries >= _TRIES:
-                await self._void(round_, trouble.reason, done)
-            elif trouble is None or self._clock.now() >= trouble.retry_at_s:
-                worth.append(round_)
+        worth, failed = self._troubles.sort(rounds)
+        for round_, reason in failed:
+            await self._void(round_, reason, done)
         return worth
 
     async def _prune(self) -> None:
@@ -552,10 +431,6 @@ def _calibration(task: _Task, sums: npt.NDArray[np.float64], failures: Mapping[i
 def _no(round_: Round) -> int:
     assert round_.round_no is not None, "a stored round has a number"
     return round_.round_no
-
-
-def _rounded(score: float | None) -> float | None:
-    return None if score is None else round(score, 2)
 
 
 def _by_round(group: Sequence[_Answers], reasons: Mapping[int, str]) -> list[dict[int, str]]:

@@ -23,6 +23,8 @@ HOUSE = [
         "predict",
         "worker",
         "pool",
+        "board",
+        "troubles",
         "scorer",
         "score",
         "rescore",
