@@ -191,14 +191,7 @@ def _segment_scores(
         return None, f"the answer itself is not stored any more: answers are kept for {days:g} days"
     if answer.raw is None:
         return None, answer.detail or "the answer could not be scored"
-    scoring = config.scoring
-    rules = result.rules or Rules(
-        rule=result.rule,
-        target=result.target,
-        log_halfwidth_bp=scoring.log_halfwidth,
-        max_components=scoring.max_components,
-        max_segment_bytes=config.predict.max_segment_bytes,
-    )
+    rules = rules_of(config, result.rule, result.target, result.rules)
     if realised.void_reason is not None:
         return None, "the prices of the round are not stored any more"
     try:
@@ -216,6 +209,17 @@ def _segment_scores(
             "the scoring rules have changed since"
         )
     return scores.values, None
+
+
+def rules_of(config: Config, rule: str, target: str, stored: Rules | None) -> Rules:
+    """A scorer's rules: those stored with it, or, where it is older than that, the configured ones."""
+    return stored or Rules(
+        rule=rule,
+        target=target,
+        log_halfwidth_bp=config.scoring.log_halfwidth,
+        max_components=config.scoring.max_components,
+        max_segment_bytes=config.predict.max_segment_bytes,
+    )
 
 
 def _is_json(payload: bytes) -> bool:

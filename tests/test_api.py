@@ -10,12 +10,14 @@ import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from html import unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import anyio
+import anyio.lowlevel
 import httpx
 import msgspec
 import numpy as np
@@ -33,6 +35,7 @@ from condor_lite.report import server
 from condor_lite.report.answers import horizon_label, moment, naive_moment
 from condor_lite.report.api import ENDPOINTS, create_app
 from condor_lite.report.connections import SECURITY_HEADERS
+from condor_lite.report.context import Context
 from condor_lite.report.failures import prefers_html
 from condor_lite.report.params import read_moment
 from condor_lite.report.replies import JSON, encode_rows
@@ -838,3 +841,26 @@ def test_round_ids_are_taken_apart() -> None:
 
 def test_horizons_have_short_names() -> None:
     assert [horizon_label(s) for s in (3600, 86400, 300, 60, 90)] == ["1h", "24h", "5m", "1m", "90s"]
+
+
+@pytest.mark.anyio
+async def test_what_is_remembered_is_bounded_and_made_by_one_request(tmp_path: Path) -> None:
+    async with serve(tmp_path) as game:
+        context = Context(game.live, game.db.reports)
+        made: list[int] = []
+
+        async def make(value: int) -> int:
+            made.append(value)
+            await anyio.lowlevel.checkpoint()
+            return value
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(5):
+                tasks.start_soon(context.remembered, 0, 60.0, partial(make, 0))
+        assert made == [0]
+        for value in range(1000):
+            assert await context.remembered(value, 60.0, partial(make, value)) == value
+        assert await context.remembered(999, 60.0, partial(make, -1)) == 999
+        assert await context.remembered(0, 60.0, partial(make, -1)) == -1
+        assert len(context._remembered) <= 256
+        assert not context._remembering

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from condor_lite.errors import QueryTimeout, StorageError
-from condor_lite.report import answers, game, hub, ops, params
+from condor_lite.report import answers, bundle, game, hub, ops, params
 from condor_lite.report.context import Context, NotFound
 from condor_lite.report.events import EVENTS
 from condor_lite.report.failures import failure, prefers_html
@@ -118,6 +118,7 @@ def create_app(live: Live, readers: Readers) -> Starlette:
         Route(path, _Answers(context, endpoints.get(path), by_path.get(path)), methods=_METHODS)
         for path in dict.fromkeys((*endpoints, *by_path))
     ]
+    routes.append(Route(bundle.ADDRESS, bundle.Bundle(context), methods=_METHODS))
     routes.append(Route("/static/{name}", Files(), methods=_METHODS))
     app = Starlette(
         routes=routes,

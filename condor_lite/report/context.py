@@ -27,6 +27,7 @@ _ROWS_ON_THE_LOOP = 100  # well under a millisecond; more are packed in a thread
 _READY_FOR_S = 10.0  # a changed name or deployment shows after this long at the latest
 _LOOK_EVERY_S = 0.25  # who is connected; looking takes as long as answering
 _THREADS = 2
+_MOST_REMEMBERED = 256
 
 
 class NotFound(CondorError):
@@ -98,14 +99,25 @@ class Context:
         return await self.in_thread(work) if len(rows) > _ROWS_ON_THE_LOOP else work()
 
     async def remembered(self, key: object, for_s: float, ask: Callable[[], Awaitable[T]]) -> T:
-        """What `ask` gave within the last `for_s` seconds (on the wall), made by one request for all."""
+        """What `ask` gave within the last `for_s` seconds (on the wall), made by one request for all.
+
+        Of so many keys that clients can choose, the newest are kept.
+        """
         now_s = asyncio.get_running_loop().time
-        async with self._remembering.setdefault(key, asyncio.Lock()):
-            until_s, value = self._remembered.get(key, (0.0, None))
-            if now_s() >= until_s:
-                value = await ask()
-                self._remembered[key] = (now_s() + for_s, value)
-            return value  # type: ignore[no-any-return]
+        lock = self._remembering.setdefault(key, asyncio.Lock())
+        try:
+            async with lock:
+                until_s, value = self._remembered.get(key, (0.0, None))
+                if now_s() >= until_s:
+                    value = await ask()
+                    self._remembered.pop(key, None)
+                    self._remembered[key] = (now_s() + for_s, value)
+                    if len(self._remembered) > _MOST_REMEMBERED:
+                        del self._remembered[next(iter(self._remembered))]
+                return value  # type: ignore[no-any-return]
+        finally:
+            if self._remembering.get(key) is lock and not lock.locked():
+                del self._remembering[key]
 
     def _current(self) -> ReadyMade | None:
         made, now_s = self._ready, asyncio.get_running_loop().time()
