@@ -24,6 +24,7 @@ from condor_lite.report.events import EVENTS
 from condor_lite.report.failures import failure, prefers_html
 from condor_lite.report.files import Files
 from condor_lite.report.live import Live
+from condor_lite.report.metrics import OPENMETRICS, TEXT
 from condor_lite.report.openapi import REASONS, Endpoint, document
 from condor_lite.report.pages import leaderboard
 from condor_lite.report.pages.common import FOR_S, Page, show
@@ -81,6 +82,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     ),
     Endpoint("/healthz", ops.healthz, NoParams, answers.Health, "operations"),
     Endpoint("/readyz", ops.readyz, NoParams, answers.Readiness, "operations", {503: answers.NotReady}),
+    Endpoint("/metrics", ops.metrics, ops.MetricsParams, str, "operations", media_types=(TEXT, OPENMETRICS)),
     Endpoint("/version", ops.version, NoParams, answers.Version, "operations"),
     Endpoint("/openapi.json", openapi, NoParams, dict[str, Any], "operations"),
 )
@@ -170,7 +172,8 @@ class _Answers:
         self._context = context
         self._endpoint = endpoint
         self._page = page
-        self._vary = b"Accept, Accept-Encoding" if endpoint and page else b"Accept-Encoding"
+        offers = (len(endpoint.media_types) if endpoint else 0) + (1 if page else 0)
+        self._vary = b"Accept, Accept-Encoding" if offers > 1 else b"Accept-Encoding"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = self._asked(scope)

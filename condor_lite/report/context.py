@@ -15,6 +15,7 @@ from condor_lite.errors import CondorError, QueryTimeout
 from condor_lite.game.entities import Leaderboard, Model
 from condor_lite.report.events import announce
 from condor_lite.report.live import Live
+from condor_lite.report.metrics import Metrics
 from condor_lite.report.ready import ReadyMade, make
 from condor_lite.report.replies import Reply, encode_rows, pack
 from condor_lite.report.stream import Stream
@@ -42,6 +43,7 @@ class Context:
         self.readers = readers
         self.stream = Stream()
         announce(live, self.stream)
+        self.metrics = Metrics(live)
         self.max_age_s = max(1, min(10, int(live.config.scoring.interval_s)))
         """How long a leaderboard is promised to hold, on the wall."""
         self._threads = anyio.CapacityLimiter(_THREADS)

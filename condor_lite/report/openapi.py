@@ -116,7 +116,8 @@ def document(endpoints: Sequence[Endpoint], title: str) -> Json:
 
 
 def _operation(endpoint: Endpoint, schemas: Mapping[Any, Json]) -> Json:
-    parameters = [_parameter(entry) for entry in fields(endpoint.params)]
+    named = [_parameter(entry) for entry in fields(endpoint.params)]
+    parameters = [parameter for parameter in named if parameter["name"] != "Accept"]  # the media types say it
     sent_in = {parameter["in"] for parameter in parameters}
     impossible = {status for status, place in ((400, "query"), (404, "path")) if place not in sent_in}
     paged = any(parameter["name"] == "before" for parameter in parameters)

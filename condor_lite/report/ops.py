@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import platform
 import sqlite3
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from condor_lite import __version__
 from condor_lite.errors import StorageError
 from condor_lite.report import params
 from condor_lite.report.answers import Health, NotReady, Readiness, Version
 from condor_lite.report.context import Context
+from condor_lite.report.metrics import Now
 from condor_lite.report.params import NoParams
 from condor_lite.report.replies import Reply, pack
 from condor_lite.report.stream import EventStream
 from condor_lite.storage import queries
 
 _VERSION_FOR_S = 60
+_FREE_FOR_S = 5.0
 
 
 async def healthz(context: Context, sent: NoParams) -> Reply:
@@ -48,6 +52,27 @@ async def version(context: Context, sent: NoParams) -> Reply:
         ),
         _VERSION_FOR_S,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsParams:
+    accept: str = field(default="", metadata=params.header("Accept"))
+
+
+async def metrics(context: Context, sent: MetricsParams) -> Reply:
+    """The game in numbers, for Prometheus."""
+    live = context.live
+    free_bytes = None
+    with suppress(StorageError):
+        ask = partial(queries.free_bytes, context.readers)
+        free_bytes = await context.remembered("free_bytes", _FREE_FOR_S, ask)
+    now = Now(live.vitals(), live.feeds(), len(live.connected()), context.stream.readers, free_bytes)
+
+    def work() -> Reply:
+        text, media_type = context.metrics.text(sent.accept, now)
+        return pack(text, media_type=media_type)
+
+    return await context.in_thread(work)
 
 
 @dataclass(frozen=True, slots=True)

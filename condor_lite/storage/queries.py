@@ -51,6 +51,14 @@ _ROUND = f"""
 """
 
 
+async def free_bytes(readers: Readers) -> int:
+    """How much of the file is unused, and used again before it grows."""
+    ((count,),) = await readers.fetch(
+        "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"
+    )
+    return int(count)
+
+
 async def models(readers: Readers) -> list[Model]:
     """All models that ever connected, oldest first."""
     rows = await readers.fetch("SELECT * FROM model ORDER BY model_no LIMIT ?", (MOST_MODELS,))
