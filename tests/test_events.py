@@ -9,12 +9,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import msgspec
 import orjson
 import pytest
 
 from condor_lite import config as configuration
+from condor_lite import supervisor
 from condor_lite.clock import SteppedClock
 from condor_lite.game.entities import ModelInfo, Round, RoundStatus
 from condor_lite.news import ModelJoined, News, RoundsNotHeld, RoundsOpened
@@ -265,6 +267,23 @@ async def test_open_streams_end_with_the_server(game: Game) -> None:
         assert await one.ended()
         assert await other.ended()
     await until(lambda: not game.server.connections)
+
+
+async def test_a_service_that_is_started_again_is_told(game: Game, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_RESTART_FIRST_S", 0.01)
+    failures = iter([ValueError("once")])
+
+    async def run() -> None:
+        if (failure := next(failures, None)) is not None:
+            raise failure
+        await asyncio.Event().wait()
+
+    service = supervisor.Service("score", run, game.live.news.tell)
+    async with reading(game.server.url) as reader, anyio.create_task_group() as tasks:
+        tasks.start_soon(service.serve)
+        _, name, data = await reader.event()
+        tasks.cancel_scope.cancel()
+    assert (name, data) == ("service_restarted", {"service": "score", "error": "ValueError: once"})
 
 
 async def test_a_listener_that_fails_is_not_the_tellers_trouble() -> None:

@@ -74,6 +74,15 @@ async def test_a_batch_scores_as_each_answer_alone() -> None:
         )
 
 
+async def test_how_many_answers_wait_for_a_worker_is_known() -> None:
+    async with ScoringPool(1, Rules(), 5.0) as pool:
+        calls = [asyncio.create_task(pool.score(items(*np.zeros(600)))) for _ in range(2)]
+        await asyncio.sleep(0)  # both have begun: one call waits for the other, and so do all of its answers
+        assert 600 <= pool.waiting < 1200
+        await asyncio.gather(*calls)
+        assert pool.waiting == 0
+
+
 async def test_what_is_no_answer_is_told_by_its_place() -> None:
     broken = answer().replace(b"0.0001", b"-1", 1)
     async with ScoringPool(1, Rules(), 5.0) as pool:
