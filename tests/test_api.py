@@ -744,11 +744,11 @@ async def test_the_page_shows_the_leaderboard_and_escapes_names(game: Game) -> N
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text
     assert "Tiny &amp; small" in page.text
     assert "synthetic prices" in page.text
-    assert 'href="/model/b%2F2/metrics"' in page.text
+    assert 'href="/models/b%2F2"' in page.text
     assert 'href="/?window=steady" aria-current="page"' in page.text
     for asset in re.findall(r'(?:href|src)="(/static/[^"]+)"', page.text):
         assert (await game.client.get(asset)).status_code == 200
-    for link in re.findall(r'href="(/(?:model|rounds)/[^"]+)"', page.text):
+    for link in re.findall(r'href="(/rounds/[^"]+)"', page.text):
         assert (await game.client.get(link)).status_code == 200, link
 
 

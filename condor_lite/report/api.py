@@ -64,6 +64,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/reports/feeds", hub.feeds, NoParams, list[answers.FeedRow], "hub"),
     Endpoint("/reports/feeds/tail", hub.feed_tail, hub.TailParams, list[answers.FeedPointRow], "hub"),
     Endpoint("/leaderboard", game.leaderboard, game.LeaderboardParams, answers.WindowLeaderboard, "game"),
+    Endpoint("/leaderboard.csv", game.leaderboard_csv, NoParams, str, "game", media_types=("text/csv",)),
     Endpoint(
         "/model/{model_id:path}/metrics", game.model_metrics, game.ModelParams, answers.ModelMetrics, "game"
     ),
@@ -89,7 +90,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 
 
 PAGES: tuple[Page, ...] = (
-    Page("/", leaderboard.page, game.LeaderboardParams),
+    Page("/", leaderboard.page, leaderboard.LeaderboardPageParams),
     Page("/docs", docs, NoParams),
 )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, fields
 from sqlite3 import Row
 
 import orjson
@@ -16,6 +18,7 @@ from condor_lite.game.entities import RoundStatus, Setting, Standing, Window, Wi
 from condor_lite.report import params
 from condor_lite.report.answers import (
     Deployment,
+    LeaderboardRow,
     ModelMetrics,
     OverallScores,
     PredictionDetail,
@@ -30,10 +33,19 @@ from condor_lite.report.answers import (
 )
 from condor_lite.report.calibration import calibrations
 from condor_lite.report.context import Context, NotFound
-from condor_lite.report.ready import DEFAULT_LIMIT, one_digit, status, window_leaderboard
+from condor_lite.report.ready import (
+    DEFAULT_LIMIT,
+    ReadyMade,
+    leaderboard_row,
+    one_digit,
+    status,
+    window_leaderboard,
+)
 from condor_lite.report.replies import Reply, pack
 from condor_lite.storage import queries
 from condor_lite.storage.database import open_read_only
+
+CSV = "text/csv; charset=utf-8"
 
 _RECENT = 20
 _BRIEFLY_S = 2
@@ -57,6 +69,28 @@ async def leaderboard(context: Context, sent: LeaderboardParams) -> Reply:
     return await context.in_thread(
         lambda: pack(window_leaderboard(sent.window, standings, made.versions), context.max_age_s)
     )
+
+
+async def leaderboard_csv(context: Context, sent: params.NoParams) -> Reply:
+    """The leaderboard as a table for spreadsheets: the rows and columns of /reports/leaderboard."""
+    made = await context.ready()
+    return await context.remembered("csv", _BRIEFLY_S, lambda: context.in_thread(_csv, made, context))
+
+
+def _csv(made: ReadyMade, context: Context) -> Reply:
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(entry.name for entry in fields(LeaderboardRow))
+    for standing in made.standings:
+        row = leaderboard_row(standing, made.connected, moment(made.created_at_s), made.versions)
+        writer.writerow(_cell(value) for value in astuple(row))
+    headers = {"content-disposition": 'attachment; filename="leaderboard.csv"'}
+    return pack(out.getvalue().encode(), context.max_age_s, media_type=CSV, headers=headers)
+
+
+def _cell(value: object) -> object:
+    """A name that a spreadsheet would take for a formula is made a text by an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,7 @@ def make(
         },
         hub_leaderboard=pack(
             encode_rows(
-                _leaderboard_row(standing, connected, moment(created_at_s), versions)
-                for standing in standings
+                leaderboard_row(standing, connected, moment(created_at_s), versions) for standing in standings
             ),
             max_age_s,
         ),
@@ -155,7 +154,7 @@ def _sorted_by(window: Window, standings: Sequence[Standing], now_s: float) -> t
     return tuple(sorted(standings, key=key))
 
 
-def _leaderboard_row(
+def leaderboard_row(
     standing: Standing, connected: Set[str], created_at: str, versions: Versions
 ) -> LeaderboardRow:
     info = standing.model.info

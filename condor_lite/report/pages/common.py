@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from condor_lite import __version__
-from condor_lite.report.answers import horizon_label, moment
+from condor_lite.report.answers import moment
 from condor_lite.report.context import Context
 from condor_lite.report.files import address
 from condor_lite.report.live import Live
@@ -95,6 +95,14 @@ def span(length_s: float) -> str:
     return f"{length_s / 86400:.0f} d"
 
 
+def duration(length_s: int) -> str:
+    """An exact length of time: `90 s`, `5 min`, `24 h`, `7 d`."""
+    for unit_s, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if length_s % unit_s == 0 and length_s > (86400 if unit == "d" else 0):
+            return f"{length_s // unit_s} {unit}"
+    return f"{length_s} s"
+
+
 def price(value: float | None) -> str:
     """With six significant digits, at least two decimals, and thousands kept apart."""
     return NONE if value is None else f"{value:,.{max(2, 6 - len(str(int(abs(value)))))}f}"
@@ -148,7 +156,7 @@ _templates = Environment(
 )
 _templates.filters.update(
     answer_time=answer_time,
-    duration=horizon_label,
+    duration=duration,
     moment=lambda at_s: moment(int(at_s)),
     part=part,
     percent=percent,
