@@ -424,7 +424,9 @@ def test_a_migration_and_its_number_are_one_transaction(path: Path) -> None:
     try:
         put(conn, "kept")
         connections.migrate(conn, path, newer)
-        with pytest.raises(StorageError, match=f"could not be upgraded to schema {len(broken)} .*unchanged"):
+        with pytest.raises(
+            StorageError, match=f"could not be upgraded from schema .* to {len(broken)} .*unchanged"
+        ):
             connections.migrate(conn, path, broken)
         assert not conn.in_transaction
         tables = [name for (name,) in conn.execute("SELECT name FROM sqlite_master WHERE name LIKE '%more'")]

@@ -66,23 +66,26 @@ def connect_reader(path: Path, mode: str, busy_timeout_s: float) -> sqlite3.Conn
 
 
 def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str] = MIGRATIONS) -> None:
-    """Bring the file to the newest schema, each version in one transaction together with its number.
+    """Bring the file to the newest schema, in one transaction.
 
-    Raises StorageError if one fails; the file is then as it was before that one.
+    Raises StorageError if that fails; the file is then as it was.
     """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    for number, script in enumerate(migrations[version:], start=version + 1):
-        try:
-            connection.executescript(
-                f"BEGIN IMMEDIATE;\n{script}\n"
-                f"PRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {number};\nCOMMIT;"
-            )
-        except sqlite3.Error as error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise StorageError(
-                f"{path} could not be upgraded to schema {number} ({error}); it is unchanged"
-            ) from error
+    if version == len(migrations):
+        return
+    steps = "\n".join(migrations[version:])
+    try:
+        connection.executescript(
+            f"BEGIN IMMEDIATE;\n{steps}\n"
+            f"PRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {len(migrations)};\nCOMMIT;"
+        )
+    except sqlite3.Error as error:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise StorageError(
+            f"{path} could not be upgraded from schema {version} to {len(migrations)} ({error}); "
+            "it is unchanged, and the version that wrote it can still play it"
+        ) from error
 
 
 def checked_version(connection: sqlite3.Connection, path: Path) -> int:
