@@ -187,12 +187,16 @@ def _check_storage(document: Document, config: Config) -> None:
         document.complain("storage.path", "is a folder: must be a file, such as data/condor.db")
     if not document.is_sound("storage.keep_prices", "feed.history", "scoring.void_after"):
         return
-    round_s = scoring.void_after_s + max((setting.horizon_s for setting in config.game.settings), default=0)
+    longest_s = max((setting.horizon_s for setting in config.game.settings), default=0)
+    round_s = storage.keep_payloads_s + longest_s + scoring.void_after_s
     if storage.keep_prices_s < feed.history_s:
         right = f'must be at least feed.history, "{shown_duration(feed.history_s)}"'
         document.complain("storage.keep_prices", right)
-    elif storage.keep_prices_s < round_s:
-        right = f'must be at least the longest horizon and scoring.void_after, "{shown_duration(round_s)}"'
+    elif document.is_sound("storage.keep_payloads") and storage.keep_prices_s < round_s:
+        right = (
+            "must be at least storage.keep_payloads, the longest horizon and scoring.void_after together, "
+            f'"{shown_duration(round_s)}": without its prices an answer can\'t be scored again'
+        )
         document.complain("storage.keep_prices", right)
 
 

@@ -268,7 +268,10 @@ class StorageConfig:
         duration(), "predictions and their scores, after scoring", default=30 * 86400
     )
     keep_prices_s: int = documented(
-        duration(), "not shorter than `feed.history`, nor than the longest round takes", default=35 * 86400
+        duration(),
+        "not shorter than `feed.history`, nor than `storage.keep_payloads`, the longest horizon and "
+        "`scoring.void_after` together",
+        default=35 * 86400,
     )
     keep_snapshots_s: int = documented(duration(), "the charts' reach", default=30 * 86400)
 

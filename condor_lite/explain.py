@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from condor_lite.game.density import decode
 from condor_lite.game.entities import AnswerStatus, Round, RoundStatus, Setting
 from condor_lite.game.outcome import BASIS_POINTS, Realised, realise
 from condor_lite.game.scoring import Rules, score
+from condor_lite.score import configured_rules
 from condor_lite.storage.evidence import (
     AnswerEvidence,
     Result,
@@ -117,8 +118,9 @@ def explain(
             raise NotExplained("this model was neither asked in the round nor missed in it")
         raise NotExplained("no model with this id has ever taken part")
     answer = answers[0]
-    realised, sources = _realised(conn, config, held, result)
-    segments, reason = _segment_scores(config, held.setting, result, answer, realised)
+    rules = rules_of(config, result.rule, result.target, result.rules)
+    realised, sources = _realised(conn, held, rules)
+    segments, reason = _segment_scores(config, held.setting, rules, answer, realised)
     return Explanation(
         round=held,
         result=result,
@@ -158,13 +160,11 @@ def _unscored(held: Round) -> str:
     return f"the round is {held.status.value} and has no scores: {held.reason or 'no reason was noted'}"
 
 
-def _realised(
-    conn: sqlite3.Connection, config: Config, held: Round, result: Result
-) -> tuple[Realised, tuple[str, ...]]:
+def _realised(conn: sqlite3.Connection, held: Round, rules: Rules) -> tuple[Realised, tuple[str, ...]]:
     """The round's outcome, and the names that its `boundary_source` numbers stand for."""
-    from_s = held.scheduled_at_s - config.feed.max_staleness_s
+    from_s = held.scheduled_at_s - rules.max_staleness_s
     series, sources = load_series(conn, held.asset, from_s, held.resolvable_at_s)
-    return realise(series, held.setting, held.scheduled_at_s, config.feed.tick_s, result.target), sources
+    return realise(series, held.setting, held.scheduled_at_s, rules.tick_s, rules.target), sources
 
 
 def _unresolved(realised: Realised, sources: tuple[str, ...]) -> Iterator[str | None]:
@@ -181,7 +181,7 @@ def _unresolved(realised: Realised, sources: tuple[str, ...]) -> Iterator[str | 
 
 
 def _segment_scores(
-    config: Config, setting: Setting, result: Result, answer: AnswerEvidence, realised: Realised
+    config: Config, setting: Setting, rules: Rules, answer: AnswerEvidence, realised: Realised
 ) -> tuple[npt.NDArray[np.float64] | None, str | None]:
     """The scores by segment, and a reason where there are none or they are not what was stored."""
     if answer.status is not AnswerStatus.SUCCESS:
@@ -191,7 +191,6 @@ def _segment_scores(
         return None, f"the answer itself is not stored any more: answers are kept for {days:g} days"
     if answer.raw is None:
         return None, answer.detail or "the answer could not be scored"
-    rules = rules_of(config, result.rule, result.target, result.rules)
     if realised.void_reason is not None:
         return None, "the prices of the round are not stored any more"
     try:
@@ -213,13 +212,7 @@ def _segment_scores(
 
 def rules_of(config: Config, rule: str, target: str, stored: Rules | None) -> Rules:
     """A scorer's rules: those stored with it, or, where it is older than that, the configured ones."""
-    return stored or Rules(
-        rule=rule,
-        target=target,
-        log_halfwidth_bp=config.scoring.log_halfwidth,
-        max_components=config.scoring.max_components,
-        max_segment_bytes=config.predict.max_segment_bytes,
-    )
+    return stored or replace(configured_rules(config), rule=rule, target=target)
 
 
 def _is_json(payload: bytes) -> bool:

@@ -21,6 +21,7 @@ from condor_lite.config import Config
 from condor_lite.config_values import WrongValueError, read_when
 from condor_lite.errors import CondorError
 from condor_lite.game.entities import Leaderboard, Round, Window
+from condor_lite.game.outcome import realise
 from condor_lite.game.scoring import Rules, load_rule
 from condor_lite.game.windows import window_start_s
 from condor_lite.pool import ScoringPool
@@ -28,6 +29,7 @@ from condor_lite.score import ScoreLoop, configured_rules
 from condor_lite.scorer import Scorer
 from condor_lite.storage import rescores
 from condor_lite.storage.database import Database
+from condor_lite.storage.repositories import load_series
 from condor_lite.storage.rescores import BEFORE_ALL, Candidate, Counts, Pending
 
 log = structlog.get_logger()
@@ -37,6 +39,7 @@ _POLITENESS = 19
 _SWITCHES = 5  # tries: only a round scored in between makes one fail, and none is
 _FORGOTTEN = 20  # rounds a step
 
+NO_PRICES = "its prices are not stored any more, and its scores are by other rules"
 NO_ANSWERS = "its answers are not stored any more, and its scores are by other rules"
 BEFORE_SINCE = "it is from before --since, and its scores are by other rules"
 
@@ -324,12 +327,20 @@ class Rescorer:
             if one.target != job.rules.target:
                 reason = f"its answers are densities of the {one.target}"
                 left_out.append((_no(one.round), reason))
-            elif one.has_payloads and not is_old:
+                continue
+            if is_old:
+                reason = BEFORE_SINCE
+            elif not one.has_payloads:
+                reason = NO_ANSWERS
+            elif await self._has_lost_prices(one, job):
+                reason = NO_PRICES
+            else:
                 again.append(one.round)
-            elif is_comparable(one, job):
+                continue
+            if is_comparable(one, job):
                 carried.append(_no(one.round))
             else:
-                left_out.append((_no(one.round), BEFORE_SINCE if is_old else NO_ANSWERS))
+                left_out.append((_no(one.round), reason))
         if carried or left_out:
             await self._db.write(rescores.set_aside, job.scorer_version, carried, left_out)
         answers = await scorer.score_again(again) if again else 0
@@ -342,6 +353,18 @@ class Rescorer:
             dict(reasons),
         )
         return answers
+
+    async def _has_lost_prices(self, one: Candidate, job: Pending) -> bool:
+        """Whether fewer of a round's segments have prices than when it was scored."""
+        rules, round_ = one.rules or job.rules, one.round
+        from_s = round_.scheduled_at_s - rules.max_staleness_s
+        series, _ = await self._db.read(load_series, round_.asset, from_s, round_.resolvable_at_s)
+        realised = await asyncio.to_thread(
+            realise, series, round_.setting, round_.scheduled_at_s, rules.tick_s, rules.target
+        )
+        # Earlier versions took a change of the source for a move.
+        between = 0 if one.rules else int(realised.between_sources.sum())
+        return realised.resolved + between < one.resolved
 
     def _remark(self, job: Pending) -> str:
         configured = configured_rules(self._config)

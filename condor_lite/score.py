@@ -34,6 +34,8 @@ def configured_rules(config: Config) -> Rules:
         log_halfwidth_bp=config.scoring.log_halfwidth,
         max_components=config.scoring.max_components,
         max_segment_bytes=config.predict.max_segment_bytes,
+        tick_s=config.feed.tick_s,
+        max_staleness_s=config.feed.max_staleness_s,
     )
 
 

@@ -113,6 +113,7 @@ class Worker:
         self._memory_mb = memory_mb
         self._slot: int | None = None  # where to note, while something runs that is limited
         self._until_cpu_s = 0.0
+        self._alarms = 0
 
     def note(self, slot: int, item: float) -> None:
         """The item first, then the time: death in between blames the next item, not the one that is done."""
@@ -146,13 +147,13 @@ class Worker:
             with contextlib.suppress(_Failed):
                 work = partial(self._evaluate, list(pairs.values()))
                 limit_s = batch_limit_s(self._time_limit_s, len(pairs))
-                found = self._limited(slot, TOGETHER, work, tries=1, limit_s=limit_s)
+                found = self._limited(slot, TOGETHER, work, limit_s)
                 raw[list(pairs)], calibration[list(pairs)] = found
                 return raw, calibration, reasons
         for at, pair in pairs.items():
             try:
                 work = partial(self._evaluate, [pair])
-                (raw[at],), (calibration[at],) = self._limited(slot, at, work, tries=1 if together else 2)
+                (raw[at],), (calibration[at],) = self._limited(slot, at, work)
             except _Failed as failure:
                 reasons[at] = str(failure)
         return raw, calibration, reasons
@@ -174,16 +175,12 @@ class Worker:
             raw[at], calibration[at] = scores.raw, scores.calibration
         return raw, calibration
 
-    def _limited(
-        self, slot: int, item: float, work: Callable[[], T], tries: int = 2, limit_s: float | None = None
-    ) -> T:
-        """`work()` within the time limit, or `limit_s`. The second try is for a machine that stood still
-        meanwhile.
-        """
+    def _limited(self, slot: int, item: float, work: Callable[[], T], limit_s: float | None = None) -> T:
+        """`work()` within the time limit, or `limit_s`."""
         limit_s = limit_s or self._time_limit_s
         try:
             self.note(slot, item)
-            self._slot, self._until_cpu_s = slot, time.process_time() + limit_s
+            self._slot, self._alarms, self._until_cpu_s = slot, 0, time.process_time() + limit_s
             signal.setitimer(signal.ITIMER_REAL, limit_s)
             try:
                 return work()
@@ -191,8 +188,7 @@ class Worker:
                 self._slot = None  # an alarm on the very edge comes to nothing
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except _TimeOver:
-            if tries <= 1:
-                raise _Failed(f"takes longer than {self._time_limit_s:g} s to score") from None
+            raise _Failed(f"takes longer than {self._time_limit_s:g} s to score") from None
         except _Failed:
             raise
         except InvalidAnswer as error:
@@ -201,16 +197,17 @@ class Worker:
             raise _Failed(f"takes more than {self._memory_mb} MB of memory to score") from None
         except BaseException as error:  # a host's rule may raise what it likes, SystemExit included
             raise _Failed(f"can't be scored: {type(error).__name__}: {error}"[:_REASON_CHARS]) from None
-        return self._limited(slot, item, work, tries - 1, limit_s)
 
     def ring(self) -> None:
         """The time is over, or goes on: whether an answer is valid must not depend on what else the processor
-        has to do. A host's own rule may also sleep, so there it is the clock's time.
+        has to do, so it is the processor's time. A host's own rule may also sleep: it is given the rest of
+        its processor time once more, in case the machine stood still.
         """
         if self._slot is None:
             return
+        self._alarms += 1
         left_s = self._until_cpu_s - time.process_time()
-        if ":" in self._rules.rule or left_s <= 0.0:
+        if left_s <= 0.0 or (":" in self._rules.rule and self._alarms > 1):
             raise _TimeOver
         self._notes[self._slot * NOTE_WIDTH + 1] = time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, max(left_s, _SHORTEST_ALARM_S))

@@ -290,7 +290,10 @@ WRONG = [
     ('storage.path = ""', "must be a path"),
     ('storage.path = "."', "is a folder: must be a file"),
     ('storage.keep_prices = "8d"', 'must be at least feed.history, "30d"'),
-    ('feed.history = "1h"\nstorage.keep_prices = "2h"', 'scoring.void_after, "3h"'),
+    (
+        'feed.history = "1h"\nstorage.keep_prices = "8d"',
+        'must be at least storage.keep_payloads, the longest horizon and scoring.void_after together, "195h"',
+    ),
     ('log.level = "INFO"', 'must be "debug", "info", "warning" or "error"'),
     ("log = 3", "log: must be a section: write [log] above its keys"),
     ("[[log]]", "log: must be a section"),

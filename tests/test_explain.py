@@ -6,15 +6,19 @@ import json
 import math
 import re
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from condor_lite.clock import SteppedClock
-from condor_lite.explain import Explanation, explain, explain_round
+from condor_lite.explain import Explanation, NotExplained, explain, explain_round
 from condor_lite.game.entities import AnswerStatus
 from condor_lite.storage.database import open_read_only
+from condor_lite.storage.rescores import carry_over
+from condor_lite.storage.scores import add_scorer
 from condor_lite.sums import answer_lines, round_lines
 from tests.test_score import CONFIG, START_S, Game, answer, playing
 
@@ -33,6 +37,43 @@ def mixture(scale: float) -> bytes:
         {"density": {"type": "builtin", "name": "laplace", "params": {"scale": scale}}, "weight": 0.5}
     )
     return json.dumps([{"type": "mixture", "components": parts}] * 6).encode()
+
+
+def explain_stored(game: Game, round_id: str, model_id: str) -> Explanation:
+    with closing(open_read_only(game.config.storage.path)) as conn:
+        return explain(conn, game.config, round_id, model_id)
+
+
+async def scored(game: Game) -> Explanation:
+    """Score what there is; the first round of the model "wide"."""
+    game.clock = SteppedClock(START_S + 240)
+    await game.another_loop().finish()
+    return explain_stored(game, ROUND, "id-wide")
+
+
+def adds_up(one: Explanation) -> None:
+    """From the prices to the stored score, by the definition."""
+    result, shown = one.result, one.answer
+    assert shown.counted is not None
+    assert shown.score is not None
+    prices = [math.nan if price is None else price for _, price in one.prices]
+    is_log = result.target == "log_return"
+    moves = [math.log(b / a) if is_log else b - a for a, b in pairwise(prices)]
+    known = [at for at, move in enumerate(one.increments) if move is not None]
+    assert len(known) == result.resolved
+    assert [one.increments[at] for at in known] == pytest.approx([moves[at] for at in known], rel=1e-9)
+    assert [at for at, why in enumerate(one.unresolved) if why is None] == known
+    unit = 1e4 if is_log else 1e4 / prices[0]
+    no_move = math.fsum(abs(one.increments[at] or 0.0) for at in known) / len(known) * unit
+    assert no_move == pytest.approx(result.no_move, rel=1e-12)
+    if shown.raw is not None:
+        assert one.reason is None
+        values = [value for value in one.segment_scores or [] if value is not None]
+        assert len(values) == len(known)
+        assert math.fsum(values) / len(values) == pytest.approx(shown.raw, rel=1e-12)
+    gain = (shown.counted - result.median) * (1 if result.rule == "likelihood" else -1)
+    divisor = result.no_move if result.rule == "crps" else 1.0
+    assert shown.score == pytest.approx(100 * gain / divisor, rel=1e-12, abs=1e-12)
 
 
 async def explained(game: Game) -> dict[str, Explanation]:
@@ -63,28 +104,10 @@ async def test_the_whole_sum_adds_up_to_what_is_stored(rule: str, target: str, t
         found = await explained(game)
     for name in ("sharp", "wide", "hopeless"):
         one = found[name]
-        result, shown = one.result, one.answer
-        assert one.reason is None
-        assert shown.raw is not None
-        assert shown.counted is not None
-        assert shown.score is not None
-        values = [value for value in one.segment_scores or [] if value is not None]
-        assert len(values) == result.resolved == 6
-        assert math.fsum(values) / 6 == pytest.approx(shown.raw, rel=1e-12)
-        prices = [price for _, price in one.prices]
-        moves = [
-            math.log(b / a) if target == "log_return" else b - a
-            for a, b in pairwise(prices)
-            if a is not None and b is not None
-        ]
+        assert (one.result.rule, one.result.target) == (rule, target)
+        assert one.result.resolved == 6
         assert [at_s for at_s, _ in one.prices] == list(range(START_S, START_S + 61, 10))
-        assert one.increments == pytest.approx(moves, rel=1e-9)
-        unit = 1e4 if target == "log_return" or prices[0] is None else 1e4 / prices[0]
-        no_move = math.fsum(abs(move or 0.0) for move in one.increments) / 6 * unit
-        assert no_move == pytest.approx(result.no_move, rel=1e-12)
-        gain = (shown.counted - result.median) * (1 if rule == "likelihood" else -1)
-        divisor = result.no_move if rule == "crps" else 1.0
-        assert shown.score == pytest.approx(100 * gain / divisor, rel=1e-12, abs=1e-12)
+        adds_up(one)
     if rule == "crps":
         hopeless = found["hopeless"]
         assert hopeless.answer.counted == pytest.approx(3 * hopeless.result.median, rel=1e-12)
@@ -148,7 +171,83 @@ async def test_parameters_that_changed_since_explain_what_they_scored(tmp_path: 
     async with playing(tmp_path, text.format(0.5)) as game:
         before = await explained(game)
     async with playing(tmp_path, text.format(2.0)) as game:
-        with closing(open_read_only(game.config.storage.path)) as conn:
-            after = explain(conn, game.config, ROUND, "id-wide")
+        after = explain_stored(game, ROUND, "id-wide")
     assert after.reason is None
     assert after.segment_scores == before["wide"].segment_scores
+
+
+async def test_a_tick_that_changed_since_leaves_prices_as_fresh_as_they_were(tmp_path: Path) -> None:
+    async with playing(tmp_path) as game:
+        await game.db.write(lambda conn: conn.execute("DELETE FROM price").rowcount)
+        await game.prices(START_S - 13, START_S + 122)  # 3 s before each segment's end, 2 s behind it
+        await game.round(START_S)
+        before = await scored(game)
+        game.config = replace(game.config, feed=replace(game.config.feed, tick_s=2))
+        after = explain_stored(game, ROUND, "id-wide")
+    assert before.result.resolved == 6
+    adds_up(after)
+    assert after.segment_scores == before.segment_scores
+
+
+async def test_a_change_of_the_source_is_left_out_of_the_sum_and_said(tmp_path: Path) -> None:
+    async with playing(tmp_path) as game:
+        await game.round(START_S)
+        await game.prices(START_S, START_S + 120)
+        after = f"UPDATE price SET source = 'other' WHERE ts_s > {START_S + 30}"
+        await game.db.write(lambda conn: conn.execute(after).rowcount)
+        one = await scored(game)
+    assert one.result.resolved == 5
+    assert one.unresolved == [
+        *[None] * 3,
+        "the source of the prices changed from test to other",
+        *[None] * 2,
+    ]
+    adds_up(one)
+
+
+async def test_scores_that_were_carried_over_add_up_by_the_scorer_that_computed_them(tmp_path: Path) -> None:
+    async with playing(tmp_path) as game:
+        await game.round(START_S)
+        await game.prices(START_S, START_S + 120)
+        before = await scored(game)
+        await game.db.write(
+            lambda conn: add_scorer(conn, "crps", "log_return", "f", START_S, None, published=True)
+        )
+        await game.db.write(carry_over, 1, 2)
+        one = explain_stored(game, ROUND, "id-wide")
+    assert (one.result.scorer_version, one.result.shown_as) == (1, 2)
+    assert one.answer == before.answer
+    adds_up(one)
+    assert any(line.endswith("scorer version 1, carried over into 2") for line in answer_lines(one))
+
+
+async def test_absent_models_late_joiners_and_voids_are_explained(tmp_path: Path) -> None:
+    async with playing(tmp_path) as game:
+        await game.prices(START_S, START_S + 240)
+        await game.round(START_S)
+        absent = game.models.pop("hopeless")
+        await game.join("late", START_S + 10)
+        del game.models["sharp"]
+        no = await game.round(START_S + 20)
+        missing = f"UPDATE round SET absent_models = '[{absent.model_no}]', absent = 1 WHERE round_no = {no}"
+        await game.db.write(lambda conn: conn.execute(missing).rowcount)
+        await game.round(START_S + 40)
+        void = "UPDATE round SET status = 'void', reason = 'no model was connected' WHERE round_no = 3"
+        await game.db.write(lambda conn: conn.execute(void).rowcount)
+        await scored(game)
+        second = f"BTC-60-10-{START_S + 20}"
+        newcomer, gone = (explain_stored(game, second, f"id-{name}") for name in ("late", "hopeless"))
+        with pytest.raises(NotExplained, match="neither asked in the round nor missed in it"):
+            explain_stored(game, ROUND, "id-late")
+        with pytest.raises(NotExplained, match="void and has no scores: no model was connected"):
+            explain_stored(game, f"BTC-60-10-{START_S + 40}", "id-wide")
+        with closing(open_read_only(game.config.storage.path)) as conn:
+            field = explain_round(conn, second).answers
+    adds_up(newcomer)
+    assert gone.answer.status is AnswerStatus.ABSENT
+    assert gone.reason == "not connected, or still being fed the price history, when the round was held"
+    assert (gone.answer.raw, gone.segment_scores) == (None, None)
+    raws = [one.raw for one in field if one.raw is not None]
+    expected = min(np.percentile(raws, 90), 1.25 * gone.result.median)
+    assert gone.answer.counted == pytest.approx(expected, rel=1e-12)
+    adds_up(gone)

@@ -354,6 +354,25 @@ async def test_rounds_without_answers_keep_their_scores_and_that_is_said(tmp_pat
     assert any(rescore.NO_ANSWERS in text for text in progress.ending(other))
 
 
+async def test_a_round_that_has_lost_prices_since_keeps_its_scores(tmp_path: Path) -> None:
+    scores = (
+        "SELECT round_no, resolved, model_no, raw, counted, score FROM round_score "
+        "JOIN score USING (round_no, scorer_version) WHERE scorer_version = ? AND round_no <= 3 ORDER BY 1, 3"
+    )
+    async with scored(tmp_path, rounds=6) as game:
+        before = await game.rows(scores, 1)
+        gone = f"DELETE FROM price WHERE ts_s <= {START_S + 45}"  # all of a round's, most, or one
+        await game.db.write(lambda conn: conn.execute(gone))
+        same = await done(game)
+        after = await game.rows(scores, 2)
+        mixed = game.leaderboards[-1]
+        other = await done(game, rule="log")
+    assert (same.scored, same.carried, same.left_out) == (3, 3, {})
+    assert after == before
+    assert (mixed.mixed_versions, mixed.uncounted) == ((1,), 0)
+    assert (other.scored, other.carried, other.left_out) == (3, 0, {rescore.NO_PRICES: 3})
+
+
 async def test_an_hour_without_answers_keeps_its_calibration_and_a_mixed_one_counts_what_is_scored_again(
     tmp_path: Path,
 ) -> None:

@@ -602,6 +602,8 @@ def test_the_fingerprint_changes_with_every_rule_and_only_then() -> None:
         {"log_halfwidth_bp": 1.0},
         {"max_components": 3},
         {"max_segment_bytes": 100},
+        {"tick_s": 30},
+        {"max_staleness_s": 60},
         {"rule": f"{__name__}:short"},
         {"rule": f"{__name__}:infinite"},
     ]

@@ -66,7 +66,8 @@ class RuleError(CondorError):
 class Rules:
     """All that a score depends on besides the answer and the prices. Picklable.
 
-    `log_halfwidth_bp`: half the width of the interval of the `log` rule, in basis points.
+    `log_halfwidth_bp`: half the width of the interval of the `log` rule, in basis points. A price is fresh
+    for less than `tick_s`; the one that price changes are put in relation to may be `max_staleness_s` old.
     """
 
     rule: str = "crps"
@@ -74,6 +75,8 @@ class Rules:
     log_halfwidth_bp: float = 0.5
     max_components: int = 16
     max_segment_bytes: int = 2048
+    tick_s: int = 60
+    max_staleness_s: int = 180
 
     @property
     def limits(self) -> Limits:

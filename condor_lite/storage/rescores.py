@@ -49,10 +49,13 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A scored round, and the scorer whose scores it has now; `rules` is None where they were not kept."""
+    """A scored round, and the scorer whose scores it has now; `rules` is None where they were not kept, or
+    are those of an earlier version. `resolved`: how many segments that one found prices of.
+    """
 
     round: Round
     has_payloads: bool
+    resolved: int
     scorer_version: int
     rule: str
     target: str
@@ -164,8 +167,8 @@ def candidates(
     )
     found = []
     for round_ in rounds:
-        has_payloads, source, rule, target, fingerprint, rules = conn.execute(
-            "SELECT has_payloads, s.scorer_version, s.rule, s.target, s.fingerprint, s.rules "
+        has_payloads, resolved, source, rule, target, fingerprint, rules = conn.execute(
+            "SELECT has_payloads, resolved, s.scorer_version, s.rule, s.target, s.fingerprint, s.rules "
             "FROM round JOIN round_score q USING (round_no) "
             "JOIN scorer shown ON shown.scorer_version = q.scorer_version "
             "JOIN scorer s ON s.scorer_version = coalesce(q.carried_from, q.scorer_version) "
@@ -173,7 +176,9 @@ def candidates(
             (round_.round_no,),
         ).fetchone()
         found.append(
-            Candidate(round_, bool(has_payloads), source, rule, target, fingerprint, load_rules(rules))
+            Candidate(
+                round_, bool(has_payloads), resolved, source, rule, target, fingerprint, load_rules(rules)
+            )
         )
     return found
 
