@@ -18,7 +18,6 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from condor_lite.errors import CondorError
-from condor_lite.pacer import Pacer
 
 EVENT_STREAM = "text/event-stream"
 MOST_READERS = 200
@@ -29,7 +28,7 @@ _AT_ONCE = 100
 _GATHER_S = 0.05  # what happens together is sent together, and not in the moment in which models are asked
 _HEARTBEAT_S = 15.0
 _RETRY_MS = 3000
-_SENDS_A_TURN = 8  # of the event loop: one takes about 20 us
+_WAKES_A_TURN = 8  # of the event loop
 _HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
@@ -43,6 +42,7 @@ class _Reader:
 
     def __init__(self, place: int) -> None:
         self.place = place
+        self.news = asyncio.Event()
         self.ended = False
 
 
@@ -54,11 +54,10 @@ class Stream:
         self._heartbeat_s = heartbeat_s
         self._boot = secrets.token_hex(4)
         self._newest = 0
+        self._woken_for = 0
         self._kept: deque[bytes] = deque(maxlen=_KEPT)
         self._readers: set[_Reader] = set()
-        self._news = asyncio.Event()
-        self._waking: asyncio.TimerHandle | None = None
-        self._pacer = Pacer(_SENDS_A_TURN)
+        self._waking: asyncio.Handle | None = None
 
     @property
     def readers(self) -> int:
@@ -69,8 +68,7 @@ class Stream:
         """Give every reader this event, soon. `data`: what orjson takes."""
         self._newest += 1
         self._kept.append(self._event(event, orjson.dumps(data)))
-        if self._readers and self._waking is None:
-            self._waking = asyncio.get_running_loop().call_later(_GATHER_S, self._wake)
+        self._plan()
 
     def reset(self) -> None:
         """Have all readers read everything anew: too much happened for a stream."""
@@ -92,8 +90,7 @@ class Stream:
         """End all responses in good order. A later one is a reader again."""
         for reader in self._readers:
             reader.ended = True
-        self._news.set()
-        self._news.clear()
+            reader.news.set()
 
     def leave(self, reader: _Reader) -> None:
         self._readers.discard(reader)
@@ -102,13 +99,13 @@ class Stream:
         """What is to be sent to `reader`, for as long as it is there."""
         yield b"retry: %d\nid: %s\n\n" % (_RETRY_MS, self._id(max(reader.place - 1, 0)))
         while not reader.ended:
+            reader.news.clear()
             if text := self._next(reader):
-                await self._pacer.turn()
                 yield text
                 continue
             try:
                 async with asyncio.timeout(self._heartbeat_s):
-                    await self._news.wait()
+                    await reader.news.wait()
             except TimeoutError:
                 yield b":\n\n"
 
@@ -130,10 +127,24 @@ class Stream:
         reader.place += len(texts)
         return b"".join(texts)
 
-    def _wake(self) -> None:
-        self._waking = None
-        self._news.set()
-        self._news.clear()
+    def _plan(self) -> None:
+        """Wake the readers soon, where there is news."""
+        if self._readers and self._waking is None and self._woken_for < self._newest:
+            self._waking = asyncio.get_running_loop().call_later(_GATHER_S, self._wake_all)
+
+    def _wake_all(self) -> None:
+        self._woken_for = self._newest
+        self._wake(deque(self._readers))
+
+    def _wake(self, waiting: deque[_Reader]) -> None:
+        """Have the readers send what is new, a few in each turn of the event loop."""
+        for _ in range(min(_WAKES_A_TURN, len(waiting))):
+            waiting.popleft().news.set()
+        if waiting:
+            self._waking = asyncio.get_running_loop().call_soon(self._wake, waiting)
+        else:
+            self._waking = None
+            self._plan()
 
     def _event(self, event: str, data: bytes) -> bytes:
         return b"id: %s\nevent: %s\ndata: %s\n\n" % (self._id(self._newest), event.encode(), data)
