@@ -111,11 +111,13 @@ class TimedJournal(Journal):
             for opened in arguments[0]:
                 self.rounds[opened.round_no] = Times(opened.scheduled_at_s, now_s)
         elif apply is repositories.add_answers:
-            options.setdefault("then", partial(self._stored, arguments[0]))
+            options["then"] = partial(self._stored, arguments[0], options.get("then"))
         return super().append(apply, *arguments, **options)
 
-    def _stored(self, answers: Sequence[Answer], new: int) -> None:
+    def _stored(self, answers: Sequence[Answer], then: Callable[[int], None] | None, new: int) -> None:
         now_s = time.time()
+        if then is not None:
+            then(new)
         for answer in answers:
             if answer.status is AnswerStatus.SUCCESS:
                 self.rounds[answer.round_no].stored_s[answer.model_no] = now_s

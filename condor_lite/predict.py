@@ -47,6 +47,7 @@ _KNOWN_FOR_S = 7 * 86400
 _WAKES_A_TURN = 32  # of lanes in one turn of the event loop
 _HEARTBEAT_S = 30.0
 _LANE_RESTART_S = 1.0
+_ANSWER_BYTES = 1024  # of an answer that waits to be stored, beside its payload
 _SUSPECT_FROM = 3  # models from which on a majority of time-outs is taken for our own fault
 _SUSPECT_AT_MOST = 3  # times on end that the same models' silence is
 
@@ -310,13 +311,13 @@ class PredictLoop:
             by_no[answer.model_no].last_error = answer.detail
         for no in open_round.asked:
             _note_first_round(by_no[no], open_round)
+        if answers:
+            self._store(open_round, answers)
         if void_reason is None:
             void_reason = self._our_fault(open_round, by_no)
         if void_reason is None:
             for no, status in open_round.outcomes.items():
                 self._count(by_no[no], status, reached=no in open_round.reached)
-        if answers:
-            self._store(open_round, answers)
         self._journal.append(
             repositories.close_round,
             open_round.round_no,
@@ -327,7 +328,8 @@ class PredictLoop:
         )
 
     def _our_fault(self, open_round: OpenRound, by_no: dict[int, Participant]) -> str | None:
-        """Why the round is nobody's fault but the host's: nobody was there, or most fell silent together.
+        """Why the round is nobody's fault but the host's: nobody was there, answers found no room, or most
+        fell silent together.
 
         Only those have a vote who answered before; who is silent for several rounds on end loses it.
         """
@@ -337,6 +339,13 @@ class PredictLoop:
                 return "no model was connected"
             paused = all(lane.paused for lane in lanes)
             return "every connected model is paused" if paused else "no connected model was ready to be asked"
+        if open_round.unstored:
+            why = self._journal.failing or "the database is slow"
+            reason = f"{open_round.unstored} answers could not be stored, too many wait already: {why}"
+            log.error(
+                "answers_refused", round_id=open_round.round.round_id, count=open_round.unstored, why=why
+            )
+            return reason
         voters = [no for no in open_round.outcomes if by_no[no].trusted]
         silent = [by_no[no] for no in voters if open_round.outcomes[no] is AnswerStatus.TIMEOUT]
         if len(voters) < _SUSPECT_FROM or 2 * len(silent) <= len(voters):
@@ -407,22 +416,18 @@ class PredictLoop:
             detail=reply.detail,
             payload=reply.payload,
         )
-        if not self._store(open_round, [answer]):
-            status = AnswerStatus.FAILED
-            refused = replace(
-                answer, status=status, payload=None, detail="the host could not store the answer"
-            )
-            self._store(open_round, [refused])
+        self._store(open_round, [answer])
         open_round.outcomes[model_no] = status
         _note_first_round(participant, open_round)
         self._check_all_answered()
 
-    def _store(self, open_round: OpenRound, answers: list[Answer]) -> bool:
-        """Have them written; False where there is no room for them to wait."""
-        size = sum(len(answer.payload or b"") for answer in answers)
+    def _store(self, open_round: OpenRound, answers: list[Answer]) -> None:
+        """Have them written; where there is no room for them to wait, the round can't count."""
+        size = sum(len(answer.payload or b"") + _ANSWER_BYTES for answer in answers)
         results = [(answer.status, answer.exec_time_us) for answer in answers]
         stored = partial(self._stored, open_round, results)
-        return self._journal.append(repositories.add_answers, answers, then=stored, size=size)
+        if not self._journal.append(repositories.add_answers, answers, then=stored, size=size):
+            open_round.unstored += len(answers)
 
     def _stored(self, open_round: OpenRound, answers: list[tuple[AnswerStatus, int]], new: int) -> None:
         after_s = self._clock.wall_s(self._clock.now() - (open_round.round.performed_at_ms or 0) / 1000)

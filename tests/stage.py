@@ -110,6 +110,7 @@ async def staged(
     start_s: float = START_S + 1,
     timeout_s: float | None = None,
     live: Callable[[SteppedClock], Source] | None = None,
+    make_journal: Callable[[Database], Journal] = Journal,
 ) -> AsyncIterator[Stage]:
     """A running predict loop without models; they `join`. `timeout_s` may be shorter than a config allows.
 
@@ -124,7 +125,7 @@ async def staged(
     closed: list[Round] = []
     try:
         async with Database(config.storage.path) as db:
-            journal = Journal(db)
+            journal = make_journal(db)
             (source,) = [live(clock)] if live else make_sources(config)
             feed = Feed(config, clock, db, source)
             await feed.start()

@@ -282,32 +282,6 @@ async def test_finishing_closes_the_rounds_in_flight_and_stores_them(tmp_path: P
         assert stage.journal.waiting == 0
 
 
-async def test_a_locked_database_delays_storing_but_not_asking(tmp_path: Path) -> None:
-    model = ModelServer("a")
-    async with staged(tmp_path) as stage:
-        await stage.join(model)
-        await stage.play(1)
-        release = asyncio.Event()
-        write = stage.db.write
-
-        async def locked(*arguments: object) -> object:
-            if not release.is_set():
-                import sqlite3
-
-                raise sqlite3.OperationalError("database is locked")
-            return await write(*arguments)
-
-        stage.db.write = locked  # type: ignore[method-assign]
-        await stage.clock.run_until(stage.clock.now() + 60)
-        assert len(model.predicts) >= 5
-        assert stage.journal.failing == "database is locked"
-        release.set()
-        await stage.journal.flushed()
-        assert stage.journal.failing is None
-        answered = await stage.rows("SELECT count(*) FROM prediction WHERE status = 'SUCCESS'")
-        assert answered[0][0] == len(model.predicts)
-
-
 @pytest.mark.parametrize("behaviour", ["not_protobuf", "broken_utf8_status"])
 async def test_a_reply_that_is_no_message_is_a_failure_that_says_so(behaviour: str, tmp_path: Path) -> None:
     async with staged(tmp_path) as stage:

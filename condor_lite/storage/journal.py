@@ -2,7 +2,7 @@
 
 Asking must never wait for the disk. What the predict loop wants stored is appended here without waiting;
 one task writes it, many entries a transaction. A locked, full or failing database delays the journal, not
-the loop. Only when the journal is full is the newest entry refused, and that is logged as an error.
+the loop. Only when the journal is full is the newest answer refused, and that is logged as an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Entry:
 
 
 class Journal:
-    """Writes to `db`, in order. `max_bytes` bounds the payload bytes that may wait."""
+    """Writes to `db`, in order. `max_bytes` bounds the answers that may wait, and so the memory they take."""
 
     def __init__(self, db: Database, max_bytes: int = 512 * 2**20) -> None:
         self._db = db
@@ -46,6 +46,7 @@ class Journal:
         self._wake = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
+        self._full = False
         self.failing: str | None = None
         """Why the database can't be written at the moment, None while it can."""
 
@@ -65,15 +66,18 @@ class Journal:
         """Queue `apply(connection, *arguments)`; `then(result)` runs on the loop once it is on disk.
 
         `lost(error)` runs where it raised something that trying again won't cure, and was dropped. `size` is
-        the payload's bytes; an entry that has some is refused (False) when the journal is full.
+        about how many bytes it keeps in memory; an entry that has one is refused (False) when the journal is
+        full, which is logged once for each time that it fills up.
         """
         if size and self._waiting_bytes + size > self._max_bytes:
-            log.error(
-                "journal_full",
-                waiting=len(self._entries),
-                waiting_bytes=self._waiting_bytes,
-                why=self.failing,
-            )
+            if not self._full:
+                log.error(
+                    "journal_full",
+                    waiting=len(self._entries),
+                    waiting_bytes=self._waiting_bytes,
+                    why=self.failing or "it is slow",
+                )
+            self._full = True
             return False
         self._entries.append(_Entry(apply, arguments, then, lost, size))
         self._waiting_bytes += size
@@ -120,6 +124,7 @@ class Journal:
             for entry, result in results:
                 if entry.then is not None:
                     _call(entry.then, result)
+            self._full = False
 
     async def _write(self, group: list[_Entry]) -> list[tuple[_Entry, Any]]:
         """Write `group` in one transaction, or entry by entry where one of them can't be written at all."""

@@ -1,0 +1,110 @@
+"""What the predict loop wants stored while the database cannot be written: kept, in order, within bounds."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import structlog
+
+from condor_lite.game.entities import RoundStatus
+from condor_lite.storage.database import Database
+from condor_lite.storage.journal import Journal
+from tests import fleet
+from tests.fleet import ModelServer
+from tests.stage import Stage, staged, until
+
+pytestmark = pytest.mark.anyio
+
+
+@contextmanager
+def locked(stage: Stage) -> Iterator[None]:
+    """Another program holds the database, as a backup or a forgotten shell may."""
+    other = sqlite3.connect(stage.db.path, isolation_level=None)
+    try:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+    finally:
+        other.close()
+
+
+async def go_on(stage: Stage, seconds: float) -> None:
+    """Let so much of the game's time pass, stored or not."""
+    await stage.clock.run_until(stage.clock.now() + seconds)
+
+
+async def test_a_locked_database_delays_storing_but_not_asking(tmp_path: Path) -> None:
+    model = ModelServer("a")
+    async with staged(tmp_path) as stage:
+        await stage.join(model)
+        await stage.play(1)
+        with locked(stage):
+            await go_on(stage, 60)
+            assert len(model.predicts) >= 5
+            await until(lambda: stage.journal.failing)
+            assert "another process holds the database" in (stage.journal.failing or "")
+        await stage.journal.flushed()
+        assert stage.journal.failing is None
+        answered = await stage.rows("SELECT count(*) FROM prediction WHERE status = 'SUCCESS'")
+        assert answered == [(len(model.predicts),)]
+
+
+async def test_a_full_disk_delays_storing_but_not_asking(tmp_path: Path) -> None:
+    model = ModelServer("a", fleet.answer_of(16_000))
+
+    def limit(conn: sqlite3.Connection, pages: int) -> None:
+        conn.execute(f"PRAGMA max_page_count = {pages}")
+
+    async with staged(tmp_path) as stage:
+        await stage.join(model)
+        await stage.play(1)
+        await stage.db.write(limit, 1)  # SQLite takes the size that the file has
+        await go_on(stage, 60)
+        assert len(model.predicts) >= 5
+        await until(lambda: stage.journal.failing)
+        assert "the disk is full" in (stage.journal.failing or "")
+        await stage.db.write(limit, 100_000)
+        await stage.journal.flushed()
+        answered = await stage.rows("SELECT count(*) FROM payload")
+        assert answered == [(len(model.predicts),)]
+
+
+async def test_answers_that_find_no_room_to_wait_void_their_round_and_count_against_nobody(
+    tmp_path: Path,
+) -> None:
+    models = [ModelServer("good", fleet.answer_of(4_000)), ModelServer("bad", fleet.raises)]
+    with structlog.testing.capture_logs() as logs:
+        async with staged(tmp_path, make_journal=partial(Journal, max_bytes=6_500)) as stage:
+            await stage.join(*models)
+            await stage.play(5)
+            before = {known: known.consecutive_failures for known in stage.predict.participants.values()}
+            held = len(stage.closed)
+            with locked(stage):
+                await go_on(stage, 100)
+                assert len(models[0].predicts) > 2 * stage.config.predict.max_consecutive_failures
+                assert set(stage.predict.fleet.running) == {"good", "bad"}
+                assert all(known.consecutive_failures <= count + 1 for known, count in before.items())
+            await stage.journal.flushed()
+            void = stage.closed[held + 1 :]  # for the first one's answers there was room
+            assert {closed.status for closed in void} == {RoundStatus.VOID}
+            assert all("could not be stored" in (closed.reason or "") for closed in void)
+            await stage.play(20)
+            after = stage.closed[held + 1 + len(void) :]
+            assert {closed.status for closed in after} == {RoundStatus.CLOSED}
+            assert sum(closed.answered for closed in stage.closed) < len(models[0].predicts)
+    alarms = [log["event"] for log in logs if log["log_level"] == "error"]
+    assert alarms.count("journal_full") == 1
+    assert alarms.count("answers_refused") == len(void)
+
+
+async def test_the_answers_that_wait_take_bounded_memory(tmp_path: Path) -> None:
+    async with Database(tmp_path / "condor.db") as db:
+        journal = Journal(db, max_bytes=10_000)
+        took = [journal.append(lambda conn: None, size=1_000) for _ in range(1_000)]
+        assert sum(took) == 10
+        assert journal.append(lambda conn: None), "what has no size, a round's own entries, is never refused"
+        assert journal.waiting == 11
