@@ -265,7 +265,9 @@ class StorageConfig:
         default=8 * 86400,
     )
     keep_predictions_s: int = documented(
-        duration(), "predictions and their scores, after scoring", default=30 * 86400
+        duration(),
+        "predictions and their scores, after scoring; never shorter than the windows reach back (7 days)",
+        default=30 * 86400,
     )
     keep_prices_s: int = documented(
         duration(),

@@ -41,8 +41,6 @@ _Answers = tuple[Round, dict[int, bytes]]  # a round and its payloads by `model_
 _PAGE = 256  # rounds looked at together
 _GROUP_BYTES = 24 * 2**20  # answers in the pool at a time; as many are read, and as many stored, meanwhile
 _ANSWER_BYTES = 4096  # what an answer counts as besides its payload: small ones are work, too
-_PRUNED_ROWS = 500  # a step: a few milliseconds of the writer
-_PRUNE_STEPS = 20  # a cycle
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +120,6 @@ class Scorer:
         if done:
             log.debug("scores", **done)
             self.board.tell_leader()
-        await self._prune()
         now_s, every_s = self._clock.now(), self._config.scoring.snapshot_interval_s
         return min(pending_s, (now_s // HOUR_S + 1) * HOUR_S, (now_s // every_s + 1) * every_s)
 
@@ -408,12 +405,6 @@ class Scorer:
         for round_, reason in failed:
             await self._void(round_, reason, done)
         return worth
-
-    async def _prune(self) -> None:
-        """Forget what is older than the host wants to keep, in steps that other writers fit between."""
-        for _ in range(_PRUNE_STEPS):
-            if not await self._db.write(scores.prune, self._clock.now(), self._config.storage, _PRUNED_ROWS):
-                return
 
 
 def _calibration(task: _Task, sums: npt.NDArray[np.float64], failures: Mapping[int, str]) -> RoundCalibration:

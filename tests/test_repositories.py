@@ -515,7 +515,10 @@ def test_a_leaderboard_is_stored_with_its_settings_when_asked(conn: sqlite3.Conn
 # Forgetting
 
 
-KEEP = StorageConfig(keep_payloads_s=1000, keep_predictions_s=3000, keep_prices_s=4000, keep_snapshots_s=2000)
+DAY_S = 86400
+KEEP = StorageConfig(
+    keep_payloads_s=1000, keep_predictions_s=8 * DAY_S, keep_prices_s=4000, keep_snapshots_s=2000
+)
 
 
 def prune_all(conn: sqlite3.Connection, now_s: float, limit: int = 1000) -> int:
@@ -565,12 +568,23 @@ def test_what_is_old_is_forgotten_in_steps(conn: sqlite3.Connection, limit: int)
     assert steps == {1: 7, 7: 2, 1000: 1}[limit]
     assert count(conn, *everything) == [68, 80, 80, 40, 40, 80, 4, 4]
     prune_all(conn, NOON_S + 3400, limit)
-    assert count(conn, *everything) == [2, 68, 68, 34, 34, 80, 1, 1]
+    assert count(conn, *everything) == [2, 80, 80, 40, 40, 80, 1, 1]
     prune_all(conn, NOON_S + 4120, limit)
-    assert count(conn, *everything) == [0, 44, 44, 22, 22, 76, 0, 0]
+    assert count(conn, *everything) == [0, 80, 80, 40, 40, 76, 0, 0]
+    prune_all(conn, NOON_S + 8 * DAY_S + 400, limit)
+    assert count(conn, *everything) == [0, 68, 68, 34, 34, 0, 0, 0]
     prune_all(conn, NOON_S + 10**6, limit)
     assert count(conn, *everything) == [0] * 8
     assert count(conn, "model", "scorer", "deployment") == [2, 1, 2]
+
+
+def test_what_counts_in_a_window_is_kept_whatever_the_host_wants(conn: sqlite3.Connection) -> None:
+    played(conn)
+    keep = replace(KEEP, keep_predictions_s=60)
+    for now_s, rounds in ((NOON_S + 7 * DAY_S, 40), (NOON_S + 7 * DAY_S + 2 * 3600, 0)):
+        while scores.prune(conn, now_s, keep):
+            pass
+        assert count(conn, "round", "round_score", "score") == [rounds, rounds, 2 * rounds]
 
 
 def test_a_round_that_waits_to_be_scored_is_kept(conn: sqlite3.Connection) -> None:

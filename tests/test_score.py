@@ -441,15 +441,3 @@ async def test_a_new_benchmark_is_what_skill_is_measured_against(tmp_path: Path)
         skills = {one.model.info.model_name: one.skill.anchor for one in game.leaderboards[-1].standings}
     assert old is not None
     assert skills["wide"] is None  # the new benchmark has answered nothing yet
-
-
-async def test_what_is_older_than_the_host_keeps_is_forgotten(tmp_path: Path) -> None:
-    text = CONFIG + '\n[storage]\nkeep_payloads = "1h"\n'
-    async with playing(tmp_path, text) as game, game.running():
-        await game.round(START_S)
-        await game.prices(START_S, START_S + 120)
-        await game.clock.run_until(START_S + 3600)
-        assert len(await game.rows("SELECT 1 FROM payload")) == len(SPREADS)
-        await game.clock.run_until(START_S + 2 * 3600)
-        assert await game.rows("SELECT 1 FROM payload") == []
-        assert await game.statuses() == [("scored", None)]

@@ -28,6 +28,7 @@ HOUSE = [
         "scorer",
         "score",
         "rescore",
+        "upkeep",
     ),
     *("explain", "sums", "roster", "table", "control", "progress", "export", "report"),
     *("check", "scaffold", "supervisor", "cli", "__main__"),

@@ -191,6 +191,16 @@ class Database:
         """Run `fn(connection, *args)` on the reader thread, on one snapshot that holds all earlier writes."""
         return await self._reader.run(lambda connection: fn(connection, *args, **kwargs))
 
+    async def tidy(self) -> bool:
+        """Renew what the query planner knows, write the log back into the file, and empty it.
+
+        Other writes fit between these steps, and none waits for a reader: False where one was in the way of
+        the last step, which is then to be tried again later.
+        """
+        await self._writer.run(_optimize)
+        await self._writer.run(_write_back, transaction=False)
+        return await self._writer.run(_empty_log, transaction=False)
+
     async def close(self) -> None:
         """Finish the writes that were asked for and close everything. A second call does nothing."""
         with anyio.CancelScope(shield=True):
@@ -214,12 +224,12 @@ class _Worker:
         await asyncio.wrap_future(self._executor.submit(job))
         self._is_open = True
 
-    async def run(self, fn: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `fn` as one transaction on the thread."""
+    async def run(self, fn: Callable[[sqlite3.Connection], T], *, transaction: bool = True) -> T:
+        """Run `fn` on the thread, as one transaction."""
         if not self._is_open:
             raise StorageError("the database is closed")
         # A cancelled wrap_future does just what is promised: it drops what has not begun, and nothing else.
-        future = self._executor.submit(self._transact, fn)
+        future = self._executor.submit(self._transact if transaction else self._call, fn)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -236,9 +246,7 @@ class _Worker:
         self._executor.shutdown(wait=False)
 
     def _transact(self, fn: Callable[[sqlite3.Connection], T]) -> T:
-        assert self._connection is not None
-        connection = self._connection
-        try:
+        def whole(connection: sqlite3.Connection) -> T:
             connection.execute(self._begin)
             try:
                 result = fn(connection)
@@ -247,11 +255,18 @@ class _Worker:
                 if connection.in_transaction:  # SQLite itself rolls back when the disk is full
                     connection.execute("ROLLBACK")
                 raise
+            return result
+
+        return self._call(whole)
+
+    def _call(self, fn: Callable[[sqlite3.Connection], T]) -> T:
+        assert self._connection is not None
+        try:
+            return fn(self._connection)
         except sqlite3.Error as error:
             if (reason := explain(error, self._path)) is None:
                 raise
             raise reason from error
-        return result
 
 
 def _report_unseen(future: Future[T]) -> None:
@@ -287,10 +302,28 @@ def open_read_only(path: Path | str) -> sqlite3.Connection:
 def _close_writer(connection: sqlite3.Connection) -> None:
     # With a full disk, or another process reading, the log stays for the next start: nothing is lost.
     with contextlib.suppress(sqlite3.Error):
-        connection.execute("PRAGMA analysis_limit = 400")
-        connection.execute("PRAGMA optimize")
+        _optimize(connection)
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()
+
+
+def _optimize(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA analysis_limit = 400")
+    connection.execute("PRAGMA optimize")
+
+
+def _write_back(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+
+def _empty_log(connection: sqlite3.Connection) -> bool:
+    (patience_ms,) = connection.execute("PRAGMA busy_timeout").fetchone()
+    connection.execute("PRAGMA busy_timeout = 0")
+    try:
+        (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {patience_ms}")
+    return not busy
 
 
 def _prepare(path: Path) -> GameLock:

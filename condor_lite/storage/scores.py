@@ -14,8 +14,8 @@ from types import MappingProxyType
 import numpy as np
 
 from condor_lite.config import StorageConfig
-from condor_lite.game.entities import Leaderboard, Round, RoundScores
-from condor_lite.game.windows import WindowRows
+from condor_lite.game.entities import Leaderboard, Round, RoundScores, Window
+from condor_lite.game.windows import WindowRows, window_start_s
 from condor_lite.storage.repositories import select_rounds
 
 # Settling
@@ -231,16 +231,17 @@ def save_leaderboard(conn: sqlite3.Connection, leaderboard: Leaderboard, with_se
 def prune(conn: sqlite3.Connection, now_s: float, keep: StorageConfig, limit: int = 1000) -> bool:
     """Delete about `limit` rows that are older than the host wants to keep; True while there is more to do.
 
-    A round, or a round's payloads, go whole, by `resolvable_at` and never while it waits to be scored. The
-    file uses the freed pages again.
+    A round, or a round's payloads, go whole, by `resolvable_at`, and never while it waits to be scored or its
+    scores count in a window. The file uses the freed pages again.
     """
     deleted = 0
+    rounds_before_s = min(now_s - keep.keep_predictions_s, window_start_s(Window.ANCHOR, now_s))
     for step in (
         _prune_payloads(conn, now_s - keep.keep_payloads_s, limit),
-        _prune_rounds(conn, now_s - keep.keep_predictions_s, limit),
+        _prune_rounds(conn, rounds_before_s, limit),
         _prune_prices(conn, now_s - keep.keep_prices_s, limit),
         _prune_charts(conn, now_s - keep.keep_snapshots_s, limit),
-        _prune_calibration(conn, now_s - keep.keep_predictions_s, limit),
+        _prune_calibration(conn, rounds_before_s, limit),
     ):
         for rows in step:
             deleted += rows
