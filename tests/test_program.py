@@ -179,8 +179,7 @@ def test_a_game_plays_stops_cleanly_and_goes_on_where_it_was(challenge: Path) ->
     with program(challenge) as second:
         newest = before[-1][0]
         second.until(lambda: second.get("/statistics")["total_rounds"] > len(before) + 2)
-        rows = second.get("/reports/leaderboard")
-        assert any(row["score_recent"] is not None for row in rows), "the leaderboard was there at once"
+        second.until(lambda: scored_models(second))
         assert second.end(signal.SIGINT) == 0
     with closing(database(challenge)) as db:
         assert (
