@@ -234,6 +234,17 @@ async def test_the_range_of_time_is_kept_in_every_notation(game: Game) -> None:
     assert plus_as_space.json() == answers[0]
 
 
+async def test_an_asset_without_a_stored_price_is_among_the_feeds(tmp_path: Path) -> None:
+    async with serve(tmp_path) as game:
+        rows = await game.get("/reports/feeds")
+    assert [(row["source"], row["subject"], row["record_count"]) for row in rows] == [
+        ("synthetic", "BTC", 0),
+        ("synthetic", "ETH", 0),
+    ]
+    assert [row["watermark_ts"] for row in rows] == [moment(NOW_S - 5), None]
+    assert {row[name] for row in rows for name in ("oldest_ts", "newest_ts", "watermark_updated_at")} == {None}
+
+
 async def test_feeds_are_described_and_their_tails_read(game: Game) -> None:
     rows = {row["subject"]: row for row in await game.get("/reports/feeds")}
     tail = await game.get("/reports/feeds/tail", source="synthetic", subject="BTC", limit=3)
@@ -470,7 +481,7 @@ async def test_readiness_names_what_is_wrong(fresh: Game) -> None:
 async def test_before_anything_happened_every_answer_is_valid(fresh: Game) -> None:
     for path in ("/reports/models", "/reports/leaderboard", "/reports/models/global", "/rounds"):
         assert await fresh.get(path) == []
-    for path in ("/reports/models/params", "/reports/predictions", "/reports/feeds", "/reports/feeds/tail"):
+    for path in ("/reports/models/params", "/reports/predictions", "/reports/feeds/tail"):
         assert await fresh.get(path) == []
     assert await fresh.get("/leaderboard") == NO_LEADERBOARD
     assert (await fresh.get("/statistics"))["total_predictions"] == 0

@@ -511,6 +511,62 @@ async def test_an_absurd_price_waits_for_another_that_confirms_it(db: Database) 
     ]
 
 
+@pytest.mark.parametrize("change_s", range(T - 4860, T - 4600, 60))
+async def test_a_level_that_changed_at_the_edge_of_a_page_of_the_past_is_believed(
+    db: Database, change_s: int
+) -> None:
+    def split(ts_s: int) -> float:
+        return price_at(ts_s) * (100 if ts_s < change_s else 1)
+
+    feed = Feed(configure("BTC"), SteppedClock(T + 2), db, LiveSource(page_points=40, price=split))
+    await feed.start()
+    async with running(feed):
+        await until_history(feed)
+    assert held(feed, "BTC") == {T - 2 * HOUR_S + 60 * k: split(T - 2 * HOUR_S + 60 * k) for k in range(1, 121)}
+
+
+@pytest.mark.parametrize("spike_s", [T - 2 * HOUR_S + 60, *range(T - 4860, T - 4600, 60)])
+async def test_a_spike_at_the_edge_of_a_page_of_the_past_is_left_out(db: Database, spike_s: int) -> None:
+    source = LiveSource(page_points=40, price=lambda ts_s: 1e9 if ts_s == spike_s else price_at(ts_s))
+    feed = Feed(configure("BTC"), SteppedClock(T + 2), db, source)
+    await feed.start()
+    async with running(feed):
+        await until_history(feed)
+    expected = {ts_s: price_at(ts_s) for ts_s in range(T - 2 * HOUR_S + 60, T + 1, 60)}
+    before = expected.get(spike_s - 60)
+    del expected[spike_s]
+    if before is not None:  # as in a quiet minute
+        expected[spike_s] = before
+    assert held(feed, "BTC") == expected
+
+
+@pytest.mark.parametrize("change_s", range(T + 3120, T + 3400, 60))
+async def test_a_level_that_changed_at_the_edge_of_a_page_after_an_outage_is_believed(
+    db: Database, change_s: int
+) -> None:
+    def fault(asset: str, until_s: int) -> None:
+        if clock.now() < T + 5400:
+            raise OSError("HTTP 500")
+
+    def split(ts_s: int) -> float:
+        return price_at(ts_s) * (100 if ts_s >= change_s else 1)
+
+    clock = SteppedClock(T + 2)
+    source = LiveSource(page_points=60, price=split)
+    feed = Feed(configure("BTC"), clock, db, source)
+    await feed.start()
+    source.fault = fault
+    async with running(feed):
+        await clock.run_until(T + 5470)
+    expected = {ts_s: split(ts_s) for ts_s in range(T, T + 5401, 60)}
+    assert {ts_s: price for ts_s, price in held(feed, "BTC").items() if ts_s in expected} == expected
+
+
+async def until_history(feed: Feed) -> None:
+    with anyio.fail_after(10):
+        await feed.history_ready.wait()
+
+
 async def test_an_asset_that_no_source_knows_is_told_at_the_start(db: Database) -> None:
     def fault(asset: str, until_s: int) -> None:
         if asset == "ETH":

@@ -96,11 +96,12 @@ class Feed:
         self._intake = Intake(self.book, self._saver, self._again_s)
         self._past = Past(clock, db, self._intake, list(self._lines.values()), self._tick_s, self._history_s)
         self._callbacks: list[Callable[[frozenset[str]], None]] = []
+        self._changed: set[str] = set()
 
     # -- for the others --------------------------------------------------------------------------------------
 
     def subscribe(self, callback: Callable[[frozenset[str]], None]) -> None:
-        """Have `callback(assets)` called right after new points of `assets` can be read from the book."""
+        """Have `callback(assets)` called as soon as new points of `assets` can be read from the book."""
         self._callbacks.append(callback)
 
     def end_s(self, asset: str) -> int | None:
@@ -268,9 +269,20 @@ class Feed:
                     for line in lines
                     if line.next_s <= now_s and not self._is_over(line.asset) and await self._ask(line)
                 ]
-                if changed:
-                    for callback in self._callbacks:
-                        callback(frozenset(changed))
+            if changed:
+                self._tell(changed)
+
+    def _tell(self, changed: Sequence[str]) -> None:
+        """Once for all assets whose points came together: subscribers wake every model."""
+        if not self._changed:
+            asyncio.get_running_loop().call_soon(self._tell_now)
+        self._changed.update(changed)
+
+    def _tell_now(self) -> None:
+        changed = frozenset(self._changed)
+        self._changed.clear()
+        for callback in self._callbacks:
+            callback(changed)
 
     async def _ask(self, line: Line) -> bool:
         """Fetch what lacks up to now; whether there are new points. Says when to ask again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -45,19 +46,16 @@ def on_grid(points: Sequence[Point], span: Span, previous: Point | None = None) 
     if previous is not None:
         wanted[previous[0]] = previous[1]
     times_s = sorted(ts_s for ts_s in wanted if ts_s <= span.until_s)
-    if not times_s or times_s[-1] <= span.after_s:
+    if not times_s:
         return []
-    ts_s = np.array(times_s, np.int64)
+    found: list[Point] = []
     step_s = span.step_s
-    first_s = max(span.after_s, times_s[0] - 1) // step_s * step_s + step_s
-    grid_s = np.arange(first_s, times_s[-1] + 1, step_s, dtype=np.int64)
-    last = np.searchsorted(ts_s, grid_s, side="right") - 1
-    following_s = ts_s[np.minimum(last + 1, len(ts_s) - 1)]
-    known = (ts_s[last] > grid_s - step_s) | (following_s - ts_s[last] <= QUIET_S)
-    return [
-        (at_s, wanted[times_s[index]])
-        for at_s, index in zip(grid_s[known].tolist(), last[known].tolist(), strict=True)
-    ]
+    for ts_s, until_s in pairwise([*times_s, times_s[-1] + 1]):
+        if until_s - ts_s > QUIET_S:
+            until_s = min(until_s, ts_s + step_s)
+        first_s = -(-max(ts_s, span.after_s + 1) // step_s) * step_s
+        found += [(at_s, wanted[ts_s]) for at_s in range(first_s, until_s, step_s)]
+    return found
 
 
 def pieces(after_s: int, until_s: int, *, tick_s: int, fine_after_s: int, fine_from_s: int) -> list[Span]:

@@ -6,7 +6,6 @@ import asyncio
 import math
 from dataclasses import dataclass
 
-import anyio
 import structlog
 
 from condor_lite.prices.book import PriceBook
@@ -46,28 +45,33 @@ class Intake:
             self._compare(line.asset, supply, [point for point in found if point[0] <= after_s])
             self._add(line.asset, supply, [point for point in found if point[0] > after_s], points)
             after_s, again_s = page.until_s, 0
+            if line.held is not None and page.until_s < span.until_s:
+                after_s = max(from_s + 1, line.held[0] - 1)  # the next page has what confirms it
             if after_s < span.until_s:
                 await asyncio.sleep(0)  # a long gap is many pages
 
     async def back(
         self, line: Line, supply: Supply, page: Span, below: Point | None, above: Point | None
-    ) -> Point | None:
-        """Bring a page of the past into the book; its oldest point, for the page before it.
+    ) -> tuple[Point | None, int]:
+        """Bring a page of the past into the book; its oldest point, and where the page before it ends.
 
         `below` and `above`: the points of this supply next to the page, where they are known. A quiet time at
         the page's edge is filled from the one and proved by the other.
         """
-        points = await self._fetch(line.asset, supply, page)
+        points, ends_s = await self._fetch(line.asset, supply, page), page.after_s
         if not supply.source.simulated:
             sifted = sift(points[::-1], above[1] if above else None)
             self._tell_dropped(line.asset, supply, sifted.dropped)
             points = sifted.sound[::-1]
+            if sifted.held is not None:  # the page before it has what confirms it, unless that was this one
+                again_s = -(-sifted.held[0] // page.step_s) * page.step_s
+                ends_s = again_s if again_s < page.until_s else ends_s
         if above is None:
             found = on_grid(points, page, below)
         else:
             found = on_grid([*points, above], Span(page.after_s, above[0], page.step_s), below)
         self._add(line.asset, supply, found, points)
-        return points[0] if points else above
+        return points[0] if points else above, ends_s
 
     async def probe(self, line: Line, supply: Supply, span: Span) -> bool:
         """Whether a supply that is not in use has a point as new as the book's, and newer than its last."""
@@ -79,7 +83,7 @@ class Intake:
     async def _fetch(self, asset: str, supply: Supply, page: Span) -> list[Point]:
         """The points inside `page` that can be prices, ascending."""
         try:
-            with anyio.fail_after(_FETCH_TIMEOUT_S):
+            async with asyncio.timeout(_FETCH_TIMEOUT_S):
                 given = await supply.source.fetch(asset, page.after_s, page.until_s, page.step_s)
         except TimeoutError:
             raise TimeoutError(f"no answer within {_FETCH_TIMEOUT_S:g} s") from None

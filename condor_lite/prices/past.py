@@ -78,9 +78,9 @@ class Past:
         below = None
         if page.after_s == span.after_s:
             below = await self._db.read(_own, line.asset, page.after_s, supply.source.name)
-        line.above = await self._intake.back(line, supply, page, below, above)
-        line.next_page = (page.after_s, supply)
-        line.todo[:1] = [Span(span.after_s, after_s, span.step_s)] if after_s > span.after_s else []
+        line.above, ends_s = await self._intake.back(line, supply, page, below, above)
+        line.next_page = (ends_s, supply)
+        line.todo[:1] = [Span(span.after_s, ends_s, span.step_s)] if ends_s > span.after_s else []
 
     async def _fill(self, line: Line) -> None:
         await line.begun.wait()

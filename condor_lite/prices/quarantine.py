@@ -27,13 +27,15 @@ def sift(points: Sequence[Point], before: float | None) -> Sifted:
 
     `before` is the last sound price in front of them; without one the points' median stands in for it.
     """
+    levels = [price for _, price in points]
     if before is None and points:
-        before = statistics.median(price for _, price in points)
+        before = statistics.median(levels)
+    if before is None or not _apart(max([*levels, before]), min([*levels, before]), _ABSURD):
+        return Sifted(list(points), [], None)
     sound: list[Point] = []
     dropped: list[Point] = []
     held: Point | None = None
     for point in points:
-        assert before is not None
         absurd = _apart(point[1], before, _ABSURD)
         if held is not None:
             confirmed = absurd and not _apart(point[1], held[1], _CONFIRMS)

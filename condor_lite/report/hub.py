@@ -182,8 +182,9 @@ def _range(context: Context, start_s: float | None, end_s: float | None) -> tupl
 async def _feeds(context: Context) -> Reply:
     granularity = _granularity(context.live.config)
     newest = {(state.source, state.asset): state.newest_ts_s for state in context.live.feeds()}
-    rows = []
+    rows, stored = [], set()
     for row in await queries.feeds(context.readers):
+        stored.add(row["asset"])
         newest_s = newest.get((row["source"], row["asset"])) or row["newest_s"]
         rows.append(
             FeedRow(
@@ -198,6 +199,21 @@ async def _feeds(context: Context) -> Reply:
                 watermark_updated_at=moment(row["ingested_at_ms"] // 1000),
             )
         )
+    rows += [
+        FeedRow(
+            source=source,
+            subject=asset,
+            kind=KIND,
+            granularity=granularity,
+            record_count=0,
+            oldest_ts=None,
+            newest_ts=None,
+            watermark_ts=None if newest_s is None else moment(newest_s),
+            watermark_updated_at=None,
+        )
+        for (source, asset), newest_s in newest.items()
+        if asset not in stored
+    ]
     return pack(rows, _BRIEFLY_S)
 
 
