@@ -13,6 +13,8 @@ from pathlib import Path
 
 from condor_lite.config_document import Document
 from condor_lite.config_sections import (
+    LIVE_SOURCES,
+    LIVE_TICK_S,
     SECTIONS,
     Config,
     FeedConfig,
@@ -90,7 +92,7 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
     )
     orchestrator = OrchestratorConfig(**given["orchestrator"])
     storage = StorageConfig(**given["storage"])
-    settings = read_settings(document, feed.tick_s if document.is_sound("feed.tick") else None)
+    settings = read_settings(document, _tick_s(document, feed))
     config = Config(
         game=GameConfig(settings, **given["game"]),
         feed=feed,
@@ -107,6 +109,19 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
     if document.problems:
         raise ConfigError(document.problems)
     return config
+
+
+def _tick_s(document: Document, feed: FeedConfig) -> int | None:
+    """The tick that the settings must fit: the given one, or where that is too fine for the source, its."""
+    if not document.is_sound("feed.tick"):
+        return None
+    live = [name for name in feed.source if name in LIVE_SOURCES] if document.is_sound("feed.source") else []
+    if live and feed.tick_s % LIVE_TICK_S:
+        tick_s = -(-feed.tick_s // LIVE_TICK_S) * LIVE_TICK_S
+        right = f'{live[0]} gives one price a minute: must be a multiple of "{shown_duration(LIVE_TICK_S)}"'
+        document.complain("feed.tick", right)
+        return tick_s
+    return feed.tick_s
 
 
 def _check_feed(document: Document, config: Config) -> None:

@@ -36,6 +36,7 @@ from condor_lite.game.entities import Setting
 
 SIMULATED_SOURCES = ("synthetic", "replay")
 LIVE_SOURCES = ("coinbase", "kraken", "binance", "crunchdao", "pyth")
+LIVE_TICK_S = 60  # they give one price a minute
 RULES = ("crps", "log", "likelihood")
 
 _DOTTED = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"

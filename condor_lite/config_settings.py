@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,14 +120,27 @@ def _mismatches(block: dict[str, Any], values: dict[str, Any], tick_s: int | Non
     for step_s in values.get("step", ()):
         step = f'step = "{shown_duration(step_s)}"'
         if tick_s and step_s % tick_s:
-            yield f'{step}: must be a multiple of feed.tick, "{shown_duration(tick_s)}"'
+            yield f"{step}: {_whole_ticks(step_s, tick_s)}"
         if horizon_s and horizon_s % step_s:
             yield f"horizon = {shown(block['horizon'])}: must be a multiple of the {step}"
         elif horizon_s and horizon_s // step_s > MOST_SEGMENTS:
             yield f"{step}: makes {horizon_s // step_s} segments, must make at most {MOST_SEGMENTS}"
+    if tick_s and horizon_s and any(step_s % tick_s for step_s in values.get("step", ())):
+        common_s = math.lcm(*(_up(step_s, tick_s) for step_s in values["step"]))
+        if horizon_s % common_s:
+            right = f'must be a multiple of such steps, as "{shown_duration(_up(horizon_s, common_s))}" is'
+            yield f"horizon = {shown(block['horizon'])}: {right}"
     if tick_s and interval_s and interval_s % tick_s:
-        interval = f"interval = {shown(block['interval'])}"
-        yield f'{interval}: must be a multiple of feed.tick, "{shown_duration(tick_s)}"'
+        yield f"interval = {shown(block['interval'])}: {_whole_ticks(interval_s, tick_s)}"
+
+
+def _whole_ticks(given_s: int, tick_s: int) -> str:
+    tick, nearest = shown_duration(tick_s), shown_duration(_up(given_s, tick_s))
+    return f'must be a multiple of feed.tick, "{tick}", such as "{nearest}"'
+
+
+def _up(given_s: int, unit_s: int) -> int:
+    return -(-given_s // unit_s) * unit_s
 
 
 def _expand(values: dict[str, Any], tick_s: int) -> Iterator[Setting]:

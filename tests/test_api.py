@@ -242,7 +242,9 @@ async def test_an_asset_without_a_stored_price_is_among_the_feeds(tmp_path: Path
         ("synthetic", "ETH", 0),
     ]
     assert [row["watermark_ts"] for row in rows] == [moment(NOW_S - 5), None]
-    assert {row[name] for row in rows for name in ("oldest_ts", "newest_ts", "watermark_updated_at")} == {None}
+    assert {row[name] for row in rows for name in ("oldest_ts", "newest_ts", "watermark_updated_at")} == {
+        None
+    }
 
 
 async def test_feeds_are_described_and_their_tails_read(game: Game) -> None:

@@ -327,6 +327,21 @@ WRONG_BLOCKS = [
 ]
 
 
+def test_a_live_source_names_every_line_that_is_too_fine_for_it_at_once(
+    problems: Callable[..., list[str]],
+) -> None:
+    block = SETTING.replace('"1h"', '"90s"').replace('"1m"', '["10s", "90s"]').replace('"12m"', '"20s"')
+    found = problems('[feed]\nsource = "kraken"\ntick = "5s"\n', setting=block)
+    ticks = 'must be a multiple of feed.tick, "60s", such as'
+    assert sorted(problem.removeprefix("[[game.settings]] block 1: ") for problem in found) == [
+        'feed.tick = "5s": kraken gives one price a minute: must be a multiple of "60s"',
+        'horizon = "90s": must be a multiple of such steps, as "2m" is',
+        f'interval = "20s": {ticks} "60s"',
+        f'step = "10s": {ticks} "60s"',
+        f'step = "90s": {ticks} "2m"',
+    ]
+
+
 @pytest.mark.parametrize(("line", "right"), WRONG_BLOCKS, ids=[line for line, _ in WRONG_BLOCKS])
 def test_a_wrong_setting_is_refused_with_its_block(
     line: str, right: str, problems: Callable[..., list[str]]

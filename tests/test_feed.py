@@ -522,7 +522,7 @@ async def test_a_level_that_changed_at_the_edge_of_a_page_of_the_past_is_believe
     await feed.start()
     async with running(feed):
         await until_history(feed)
-    assert held(feed, "BTC") == {T - 2 * HOUR_S + 60 * k: split(T - 2 * HOUR_S + 60 * k) for k in range(1, 121)}
+    assert held(feed, "BTC") == {ts_s: split(ts_s) for ts_s in range(T - 2 * HOUR_S + 60, T + 1, 60)}
 
 
 @pytest.mark.parametrize("spike_s", [T - 2 * HOUR_S + 60, *range(T - 4860, T - 4600, 60)])

@@ -10,7 +10,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from condor_lite import config as configuration
 from condor_lite.clock import SteppedClock
 from condor_lite.prices import web
 from condor_lite.prices.coinbase import CoinbaseSource
+from condor_lite.scaffold import init
 from condor_lite.supervisor import Game, playing
 from tests.price_server import Fault, PriceServer, price
 from tests.stage import START_S, until
@@ -82,6 +84,29 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SteppedClock:
 
 def ready(game: Game) -> bool:
     return any(known.lane is not None and known.lane.ready for known in game.predict.participants.values())
+
+
+@asynccontextmanager
+async def program(folder: Path, server: PriceServer) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """The program in `folder`, with its address; stopped in the end. What it says is in `folder/console`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    overrides = {"FEED__BASE_URL": server.url, "REPORT__PORT": str(port), "ORCHESTRATOR__PORT": "0"}
+    with (folder / "console").open("wb") as console:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "condor_lite"),
+            cwd=folder,
+            env={**os.environ, **{f"CONDOR_LITE__{name}": value for name, value in overrides.items()}},
+            stdout=console,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            await process.wait()
 
 
 async def get(game: Game, path: str) -> Any:
@@ -147,36 +172,49 @@ async def test_an_outage_is_survived_without_a_price_made_up(challenge: Path, cl
 
 
 async def test_the_program_has_its_history_from_the_exchange_and_stops_cleanly(challenge: Path) -> None:
-    async with PriceServer() as server, httpx.AsyncClient(trust_env=False) as client:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        overrides = {"FEED__BASE_URL": server.url, "REPORT__PORT": str(port)}
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "condor_lite"),
-            cwd=challenge,
-            env={**os.environ, **{f"CONDOR_LITE__{name}": value for name, value in overrides.items()}},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            rows: list[dict[str, Any]] = []
-            with anyio.fail_after(60):
-                while sum(row["record_count"] >= 118 for row in rows) < 2:
-                    assert process.returncode is None
-                    await asyncio.sleep(0.1)
-                    with suppress(httpx.TransportError):
-                        rows = (await client.get(f"http://127.0.0.1:{port}/reports/feeds")).json()
-            assert {row["source"] for row in rows} == {"coinbase"}
-            assert all(
-                time.time() - datetime.fromisoformat(row["newest_ts"]).timestamp() < 130 for row in rows
-            )
-        finally:
-            process.send_signal(signal.SIGTERM)
-            console, _ = await process.communicate()
+    async with (
+        PriceServer() as server,
+        httpx.AsyncClient(trust_env=False) as client,
+        program(challenge, server) as (process, url),
+    ):
+        rows: list[dict[str, Any]] = []
+        with anyio.fail_after(60):
+            while sum(row["record_count"] >= 118 for row in rows) < 2:
+                assert process.returncode is None
+                await asyncio.sleep(0.1)
+                with suppress(httpx.TransportError):
+                    rows = (await client.get(f"{url}/reports/feeds")).json()
+        assert {row["source"] for row in rows} == {"coinbase"}
+        assert all(time.time() - datetime.fromisoformat(row["newest_ts"]).timestamp() < 130 for row in rows)
+    console = (challenge / "console").read_bytes()
     assert process.returncode == 0, console.decode()
     assert b"prices=coinbase" in console
     assert b"HTTP Request" not in console, "a line for each request"
+
+
+async def test_one_line_puts_a_new_challenge_on_live_prices(tmp_path: Path) -> None:
+    init(tmp_path)
+    text = (tmp_path / "config.toml").read_text()
+    changed = [line for line in text.splitlines() if line.startswith('source = "synthetic"')]
+    assert len(changed) == 1
+    (tmp_path / "config.toml").write_text(text.replace(changed[0], 'source = "coinbase"'))
+    async with (
+        PriceServer() as server,
+        httpx.AsyncClient(trust_env=False) as client,
+        program(tmp_path, server) as (process, url),
+    ):
+        rows: list[dict[str, Any]] = []
+        models: list[dict[str, Any]] = []
+        with anyio.fail_after(60):
+            while sum(row["record_count"] >= 299 for row in rows) < 2 or not models:
+                assert process.returncode is None
+                await asyncio.sleep(0.1)
+                with suppress(httpx.TransportError):
+                    rows = (await client.get(f"{url}/reports/feeds")).json()
+                    models = (await client.get(f"{url}/reports/models")).json()
+    assert process.returncode == 0
+    assert {(row["source"], row["subject"]) for row in rows} == {("coinbase", "BTC"), ("coinbase", "ETH")}
+    assert [model["model_id"] for model in models] == ["example"]
 
 
 async def test_rounds_over_an_hour_without_trades_are_void_and_say_so(
