@@ -19,6 +19,7 @@ from pathlib import Path
 from condor_lite.config import Config
 from condor_lite.errors import ConfigError, StorageError
 from condor_lite.game.scoring import RuleError, load_rule
+from condor_lite.models import sandbox
 from condor_lite.models.folder import ModelFolder, scan
 from condor_lite.models.security import load_credentials
 from condor_lite.prices.online import refusal
@@ -53,11 +54,18 @@ def check(config: Config) -> list[str]:
 
 
 def obstacles(config: Config) -> list[str]:
-    """What keeps the game from starting at all: SQLite, folder, lock, database, ports, the rule, credentials.
+    """What keeps the game from starting at all: SQLite, folder, lock, database, ports, rule, keys, sandbox.
 
     Quick.
     """
-    return [*_sqlite(), *_storage(config), *_ports(config), *_rule(config), *_credentials(config)]
+    return [
+        *_sqlite(),
+        *_storage(config),
+        *_ports(config),
+        *_rule(config),
+        *_credentials(config),
+        *_sandbox(config),
+    ]
 
 
 def _sqlite() -> Iterator[str]:
@@ -150,6 +158,13 @@ def _credentials(config: Config) -> Iterator[str]:
         load_credentials(config.orchestrator)
     except ConfigError as error:
         yield from error.problems
+
+
+def _sandbox(config: Config) -> Iterator[str]:
+    orchestrator = config.orchestrator
+    needed = orchestrator.mode == "local" and orchestrator.sandbox
+    if needed and (problem := sandbox.problem(orchestrator.model_disk_bytes)):
+        yield f"orchestrator.sandbox = true: {problem}"
 
 
 def _low_disk(config: Config) -> Iterator[str]:

@@ -17,6 +17,7 @@ from condor_lite.config_values import (
     Key,
     Kind,
     WrongValueError,
+    boolean,
     choice,
     documented,
     duration,
@@ -29,6 +30,8 @@ from condor_lite.config_values import (
     path,
     shown,
     shown_duration,
+    shown_size,
+    size,
     strings,
     text,
 )
@@ -186,6 +189,30 @@ class OrchestratorConfig:
         "`local`: a folder with one folder a model (`main.py`, optional `model.toml`: `name`, `cruncher_id`, "
         "`cruncher_name`, `benchmark`); where it is missing or empty, the bundled benchmark models run",
         default=Path("models"),
+    )
+    sandbox: bool = documented(
+        boolean(),
+        "`local`: run each model in a sandbox of its own (needs `bubblewrap`), without network and with "
+        "nothing to see but Python and its own folder; otherwise models are code that you trust",
+        default=False,
+    )
+    model_memory_bytes: int = documented(
+        size(2**26, 2**42), "`local`: private memory of each process of a model", default=2**31
+    )
+    model_processes: int = documented(
+        integer(32, 100_000),
+        "`local`: processes and threads of a model in the sandbox; outside of it a limit 64 times as high "
+        "binds all models together, and none where the game is run by root",
+        default=64,
+    )
+    model_cpu_s: int = documented(
+        duration(), "`local`: processor time of a process from one call to the next", default=600
+    )
+    model_disk_bytes: int = documented(
+        size(2**21, 2**42),
+        "`local`: the largest file that a model may write; in the sandbox, what its /tmp and /dev/shm may "
+        "hold, each, in memory",
+        default=2**28,
     )
     credentials: Path | None = documented(
         path(optional=True), "`remote`: folder with `ca.crt`, `tls.crt` and `tls.key`"
@@ -353,10 +380,13 @@ def _key(section: str, name: str, default: Any, about: Documented) -> Key:
     if written is None:
         if about.kind.name == "duration":
             default = shown_duration(default)
+        elif about.kind.name == "size":
+            default = shown_size(default)
         elif default is None:
             default = ""
         written = shown(list(default) if isinstance(default, tuple) else default)
-    return Key(section, name.removesuffix("_s"), name, written, about.meaning, about.kind, about.secret)
+    key = name.removesuffix("_bytes" if about.kind.name == "size" else "_s")
+    return Key(section, key, name, written, about.meaning, about.kind, about.secret)
 
 
 _SOURCE = _named_or_function(*SIMULATED_SOURCES, *LIVE_SOURCES, what="factory")

@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 LONGEST_S = 3650 * 86400  # no duration of a game is longer; keeps sums of times far from any overflow
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_UNITS_BYTES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_SIZE = re.compile(r"([0-9]{1,12})\s*(KiB|MiB|GiB)")
 _DURATION = re.compile(r"([0-9]{1,12})\s*([smhd])")
 _HOST_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _SHOWN_CHARACTERS = 80
@@ -152,6 +154,37 @@ def read_duration(value: Any, minimum_s: int = 1, maximum_s: int = LONGEST_S) ->
 
 def duration(minimum_s: int = 1, maximum_s: int = LONGEST_S) -> Kind:
     return Kind("duration", lambda value, _: read_duration(value, minimum_s, maximum_s))
+
+
+def shown_size(count: int) -> str:
+    """A number of bytes in the largest unit that divides it: 2**30 -> "1GiB"."""
+    for unit, unit_bytes in reversed(_UNITS_BYTES.items()):
+        if count % unit_bytes == 0 and count:
+            return f"{count // unit_bytes}{unit}"
+    return str(count)
+
+
+def size(minimum: int, maximum: int) -> Kind:
+    """Bytes: an integer, or a string with one of the units KiB, MiB, GiB."""
+
+    def read(value: Any, _: Path) -> int:
+        if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+            value = int(match[1]) * _UNITS_BYTES[match[2]]
+        if type(value) is not int or not minimum <= value <= maximum:
+            limits = f'"{shown_size(minimum)}" to "{shown_size(maximum)}"'
+            raise WrongValueError(f"must be a size from {limits}, with one of the units KiB, MiB and GiB")
+        return value
+
+    return Kind("size", read)
+
+
+def boolean() -> Kind:
+    def read(value: Any, _: Path) -> bool:
+        if not isinstance(value, bool):
+            raise WrongValueError("must be true or false")
+        return value
+
+    return Kind("boolean", read)
 
 
 def text(

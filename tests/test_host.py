@@ -37,6 +37,8 @@ async def settings_in(path, setup_timeout_s=20.0):
 class Host:
     """A launched model and a stub to call it with."""
 
+    timeout_s = 10
+
     def __init__(self, process, stub, log):
         self.process, self.stub, self.log = process, stub, log
 
@@ -47,7 +49,7 @@ class Host:
                 methodArguments=[Argument(position=i + 1, data=variant(a)) for i, a in enumerate(args)],
                 methodKwArguments=[KwArgument(keyword=k, data=variant(v)) for k, v in kwargs.items()],
             ),
-            timeout=10,
+            timeout=self.timeout_s,
         )
         return response.status, response.methodResponse
 

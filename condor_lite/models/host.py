@@ -1,10 +1,11 @@
 """A model's own process: a gRPC server with the public model runner's service, for the code in one folder.
 
-    python -m condor_lite.models.host FOLDER CONTROL_FD PARENT_PID LOG_FILE LOG_BYTES
+    python -m condor_lite.models.host FOLDER CONTROL_FD PARENT_PID LOG_FILE LOG_BYTES ADDRESS LIMITS
 
-It tells its parent its port over the socket CONTROL_FD, and ends when that socket closes or the parent dies.
-The model's output goes to LOG_FILE, which is moved to LOG_FILE.1 whenever it has passed LOG_BYTES. Everything
-imported here is paid for by every model's start: nothing heavier than gRPC.
+It serves at ADDRESS, tells its parent its port over the socket CONTROL_FD, and ends when that socket closes
+or the parent dies (PARENT_PID 0: it is in a sandbox, which ends with the parent). The model's output goes to
+LOG_FILE, which is moved to LOG_FILE.1 whenever it has passed LOG_BYTES. LIMITS is a `Limits` as JSON.
+Everything imported here is paid for by every model's start: nothing heavier than gRPC.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from model_runner_client.grpc.generated.dynamic_subclass_pb2 import (
     SetupResponse,
 )
 
+from condor_lite.models.limits import Limits
 from condor_lite.models.loader import BadImplementationError, describe, load, own_traceback
 
 if TYPE_CHECKING:
@@ -58,8 +60,9 @@ _PR_SET_PDEATHSIG = 1
 class ModelServicer(service.DynamicSubclassServiceServicer):  # type: ignore[misc]
     """Sets the model up and calls it, one call at a time; a second one is refused with RESOURCE_EXHAUSTED."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limits: Limits) -> None:
         self._folder = folder
+        self._limits = limits
         self._busy = threading.Lock()
         self._model: object | None = None
 
@@ -77,6 +80,7 @@ class ModelServicer(service.DynamicSubclassServiceServicer):  # type: ignore[mis
         if not self._busy.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Server busy")
         try:
+            self._limits.renew_cpu()
             return work()
         finally:
             self._busy.release()
@@ -227,16 +231,18 @@ class CappedLog(io.RawIOBase):
             try:
                 self._path.replace(f"{self._path}.1")
                 new = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            except OSError:
+            except OSError:  # as in a sandbox
+                recent = os.pread(1, self._limit // 2, os.fstat(1).st_size - self._limit // 2)
                 os.ftruncate(1, 0)
+                os.write(1, recent)
                 return
             os.dup2(new, 1)
             os.dup2(new, 2)
             os.close(new)
 
 
-def start_server(folder: Path) -> tuple[grpc.Server, int]:
-    """Serve the model in `folder` on a free port of the loopback interface, which is returned too."""
+def start_server(folder: Path, address: str, limits: Limits) -> tuple[grpc.Server, int]:
+    """Serve the model in `folder`; returns the port, too, which is 1 for a Unix socket."""
     server = grpc.server(
         ThreadPoolExecutor(max_workers=4, thread_name_prefix="model"),
         options=[
@@ -250,8 +256,8 @@ def start_server(folder: Path) -> tuple[grpc.Server, int]:
     )
     checks.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    service.add_DynamicSubclassServiceServicer_to_server(ModelServicer(folder), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    service.add_DynamicSubclassServiceServicer_to_server(ModelServicer(folder, limits), server)
+    port = server.add_insecure_port(address)
     server.start()
     return server, port
 
@@ -266,16 +272,19 @@ def end_with_parent(parent_pid: int) -> None:
 
 def main(argv: list[str]) -> None:
     """Serve until the parent closes the control socket. SIGTERM ends the process at once, without a word."""
-    folder, control_fd, parent_pid, log_path, log_bytes = argv
+    folder, control_fd, parent_pid, log_path, log_bytes, address, limits_json = argv
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the game; it ends its models itself
-    end_with_parent(int(parent_pid))
+    if int(parent_pid):
+        end_with_parent(int(parent_pid))
+    limits = Limits(**json.loads(limits_json))
+    limits.apply()
     output = CappedLog(Path(log_path), int(log_bytes))
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), "utf-8", "backslashreplace", line_buffering=True)
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(output), "utf-8", "backslashreplace", line_buffering=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sys.dont_write_bytecode = True  # a redeployment within a second would be taken for the cached old code
     control = socket.socket(fileno=int(control_fd))
-    _server, port = start_server(Path(folder))
+    _server, port = start_server(Path(folder), address, limits)
     control.sendall(f"{port}\n".encode())
     control.settimeout(_LOG_CHECK_S)
     while True:

@@ -276,6 +276,6 @@ class LocalModel:
                 "benchmark": source.benchmark,
             },
             "state": state,
-            "ip": "127.0.0.1",
+            "ip": process.ip,
             "port": process.port,
         }

@@ -12,6 +12,7 @@ import errno
 import ipaddress
 import logging
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,8 @@ class Orchestrator:
                     starting=anyio.Semaphore(2 * (os.cpu_count() or 1) + 4),
                     setup_timeout_s=self._patience.setup_timeout_s,
                     stop_grace_s=self._patience.stop_grace_s,
+                    rules=self._config.orchestrator,
+                    hidden=(self._log_dir.parent, self._config.orchestrator.models.absolute()),
                 )
                 task_status.started(self.port)
                 try:
@@ -156,6 +159,7 @@ class Orchestrator:
     def _check_folders(self) -> None:
         try:
             self._log_dir.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self._log_dir.with_name("models-tmp"), ignore_errors=True)  # after a crash
             self._watch.scan()
         except OSError as error:
             raise StartError(f"{error.filename}: {error.strerror}; the models need it") from None

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import json
 import os
+import secrets
+import shutil
 import signal
 import site
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from subprocess import DEVNULL
@@ -21,7 +25,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from model_runner_client.grpc.generated.dynamic_subclass_pb2 import SetupRequest
 from model_runner_client.grpc.generated.dynamic_subclass_pb2_grpc import DynamicSubclassServiceStub
 
+from condor_lite.config import OrchestratorConfig
+from condor_lite.models import sandbox
 from condor_lite.models.folder import ModelFolder
+from condor_lite.models.guard import MARK, end_marked
+from condor_lite.models.limits import Limits
 
 LOG_BYTES = 1_000_000
 
@@ -34,10 +42,12 @@ _PASSED_ON = (
     "LC_ALL",
     "LC_CTYPE",
     "TZ",
-    "TMPDIR",
     "LD_LIBRARY_PATH",
     "SSL_CERT_FILE",
 )
+_uids = itertools.cycle(range(40_000, 60_000))  # of sandboxed models, where the game is run by root
+
+_SIGNALLED = 128  # plus the signal: how bubblewrap ends where its program was killed
 _SINGLE_THREADED = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -73,11 +83,11 @@ class Guard:
             with anyio.CancelScope(shield=True):
                 await self._process.wait()
 
-    def add(self, group: int) -> None:
-        self._tell(f"+{group}\n")
+    def add(self, group: int, mark: str) -> None:
+        self._tell(f"+{group} {mark}\n")
 
-    def forget(self, group: int) -> None:
-        self._tell(f"-{group}\n")
+    def forget(self, group: int, mark: str) -> None:
+        self._tell(f"-{group} {mark}\n")
 
     def _tell(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # somebody killed it; the kernel still ends the hosts
@@ -86,7 +96,10 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class LaunchSettings:
-    """What every model process of a game has in common. Times are wall seconds."""
+    """What every model process of a game has in common. Times are wall seconds.
+
+    `rules` says what a model may use; of the `hidden` folders a sandbox shows nothing but the model's own.
+    """
 
     base_class: str
     log_dir: Path
@@ -94,6 +107,13 @@ class LaunchSettings:
     starting: anyio.Semaphore  # bounds how many interpreters start at once; no model code runs under it
     setup_timeout_s: float
     stop_grace_s: float
+    rules: OrchestratorConfig = field(default_factory=OrchestratorConfig)
+    hidden: tuple[Path, ...] = ()
+
+    @property
+    def temp_dir(self) -> Path:
+        """Where models outside a sandbox have a folder each."""
+        return self.log_dir.with_name("models-tmp")
 
 
 class ModelProcess:
@@ -104,12 +124,15 @@ class ModelProcess:
         source: ModelFolder,
         deployment_id: str,
         process: Process,
+        mark: str,
         control: socket.socket,
         settings: LaunchSettings,
     ) -> None:
         self.source = source
         self.deployment_id = deployment_id
+        self.ip = "127.0.0.1"
         self.port = 0
+        self._mark = mark
         self._process = process
         self._settings = settings
         self._control = control
@@ -121,7 +144,13 @@ class ModelProcess:
     async def wait(self) -> str:
         """Return when the process has ended; says how it ended."""
         code = await self._process.wait()
+        if self._settings.rules.sandbox and code > _SIGNALLED:
+            code = _SIGNALLED - code
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        if code == -signal.SIGXCPU:
+            how += (
+                f": more than {self._settings.rules.model_cpu_s} s of a processor since its last call began"
+            )
         last_line = await anyio.to_thread.run_sync(_last_words, log_path(self._settings, self.source))
         return f"{how} ({last_line})" if last_line else how
 
@@ -133,7 +162,9 @@ class ModelProcess:
                 await self._process.wait()
             self._signal(signal.SIGKILL)
             await self._process.wait()
-            self._settings.guard.forget(self.pid)
+            if not self._settings.rules.sandbox:  # whose end is the end of all in it
+                await anyio.to_thread.run_sync(_clear_away, self._mark, self._settings.temp_dir)
+            self._settings.guard.forget(self.pid, self._mark)
             self._control.close()
 
     def _signal(self, number: signal.Signals) -> None:
@@ -149,12 +180,18 @@ class ModelProcess:
         if not line:
             raise LaunchError(f"its process did not serve within {_PORT_TIMEOUT_S:g} s")
         self.port = int(line)
+        if self._settings.rules.sandbox:
+            # "ip:port" is what clients of the protocol dial, and gRPC takes "unix:/path:1" as such.
+            try:
+                self.ip = f"unix:{sandbox.outside(self.pid, self._mark)}"
+            except (OSError, IndexError):
+                raise LaunchError(f"its sandbox has ended: {await self.wait()}") from None
 
     async def _probe(self) -> None:
         """Health check, then Setup, so that a broken model is known before anybody is told of it."""
         timeout_s = self._settings.setup_timeout_s
         options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}", options=options) as channel:
+        async with grpc.aio.insecure_channel(f"{self.ip}:{self.port}", options=options) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             setup = DynamicSubclassServiceStub(channel).Setup
             try:
@@ -191,36 +228,53 @@ async def launch(source: ModelFolder, deployment_id: str, settings: LaunchSettin
 
 
 async def _spawn(source: ModelFolder, deployment_id: str, settings: LaunchSettings) -> ModelProcess:
-    path = log_path(settings, source)
     control, theirs = socket.socketpair()
+    mark = secrets.token_hex(12)
     try:
         control.setblocking(False)
         with theirs, anyio.CancelScope(shield=True):  # a process that nobody knows of could not be ended
-            process = await _open_process(source, deployment_id, path, theirs)
+            process = await _open_process(source, deployment_id, settings, mark, theirs)
     except OSError as error:
         control.close()
         raise LaunchError(f"its process can't be started: {error}") from None
-    settings.guard.add(process.pid)
-    return ModelProcess(source, deployment_id, process, control, settings)
+    settings.guard.add(process.pid, mark)
+    return ModelProcess(source, deployment_id, process, mark, control, settings)
 
 
 async def _open_process(
-    source: ModelFolder, deployment_id: str, path: Path, control: socket.socket
+    source: ModelFolder, deployment_id: str, settings: LaunchSettings, mark: str, control: socket.socket
 ) -> Process:
+    rules, path = settings.rules, log_path(settings, source)
+    limits = Limits(
+        memory_bytes=rules.model_memory_bytes,
+        disk_bytes=rules.model_disk_bytes,
+        processes=rules.model_processes,
+        cpu_s=rules.model_cpu_s,
+        sandboxed=rules.sandbox,
+        uid=next(_uids) if rules.sandbox and os.geteuid() == 0 else None,
+    )
+    if rules.sandbox:
+        wrapped = sandbox.command(source.path, settings.hidden, rules.model_disk_bytes)
+        address, parent, temp = f"unix:{sandbox.socket_path(mark)}:1", 0, Path("/tmp")  # noqa: S108
+    else:
+        wrapped, address, parent, temp = [], "127.0.0.1:0", os.getpid(), settings.temp_dir / mark
+        temp.mkdir(parents=True, mode=0o700)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as log:
+    with path.open("a+b") as log:
         log.write(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} deployment {deployment_id}\n".encode())
         log.flush()
         return await anyio.open_process(
             [
+                *wrapped,
                 *(sys.executable, "-P", "-m", "condor_lite.models.host"),
-                *(str(source.path), str(control.fileno()), str(os.getpid()), str(path), str(LOG_BYTES)),
+                *(str(source.path), str(control.fileno()), str(parent), str(path), str(LOG_BYTES)),
+                *(address, json.dumps(asdict(limits))),
             ],
             stdin=DEVNULL,
             stdout=log,
             stderr=log,
             cwd=source.path,
-            env=_environment(),
+            env=_environment(mark, temp, sandboxed=rules.sandbox),
             pass_fds=(control.fileno(),),
             start_new_session=True,
         )
@@ -237,21 +291,33 @@ def note(settings: LaunchSettings, source: ModelFolder, reason: str) -> None:
         file.write(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} not running: {reason}\n")
 
 
-def _environment() -> dict[str, str]:
+def _environment(mark: str, temp: Path, *, sandboxed: bool) -> dict[str, str]:
     """What a model may see of the environment: no secrets of the host's, and one thread for numerics."""
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and not sandboxed]
     if str(_PACKAGE_ROOT) not in (*site.getsitepackages(), site.getusersitepackages()):
         paths.insert(0, str(_PACKAGE_ROOT))  # run from a checkout
+    if sandboxed:
+        environment |= {"HOME": str(temp), "USER": "model", "PYTHONUSERBASE": site.getuserbase()}
+    else:
+        environment[MARK] = mark
     if paths:
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     return {
         **environment,
         **dict.fromkeys(_SINGLE_THREADED, "1"),
+        "TMPDIR": str(temp),
         "GRPC_VERBOSITY": "NONE",
+        "GRPC_ENABLE_FORK_SUPPORT": "0",  # what a model forks does not serve; its threads would be made anew
         "PYTHONFAULTHANDLER": "1",
         "PYTHONIOENCODING": "utf-8:backslashreplace",
     }
+
+
+def _clear_away(mark: str, temp_dir: Path) -> None:
+    end_marked([mark])
+    with contextlib.suppress(RecursionError):  # folders in folders in folders
+        shutil.rmtree(temp_dir / mark, ignore_errors=True)
 
 
 def _last_words(path: Path) -> str:

@@ -168,7 +168,7 @@ class Connection(DynamicSubclassModelRunner):
             ("grpc.max_receive_message_length", self._max_reply_bytes + _REPLY_OVERHEAD_BYTES),
             ("grpc.max_send_message_length", -1),
         ]
-        if self.ip.startswith("127."):
+        if self.ip.startswith(("127.", "unix:")):
             self.grpc_options.append(("grpc.enable_http_proxy", 0))
 
     async def setup(self, grpc_channel: Any) -> tuple[bool, Any]:
