@@ -446,7 +446,7 @@ async def load() -> None:
             problems=list,
             feeds=list,
             connected=frozenset,
-            vitals=lambda: Vitals([], 0, 0, 0),
+            vitals=lambda: Vitals([], 0, 0, 0, None, (0.0, 0.0, 0.0), 0.0),
             news=News(),
         )
         live.publish(Leaderboard(time.time(), 1, ()))

@@ -28,7 +28,7 @@ from condor_lite.prices.source import Source
 from condor_lite.prices.sources import make_sources
 from condor_lite.report import server
 from condor_lite.report.api import create_app
-from condor_lite.report.live import Live, ServiceState, Vitals
+from condor_lite.report.live import Live, Problem, ServiceState, Vitals
 from condor_lite.rescore import Rescorer
 from condor_lite.roster import Roster
 from condor_lite.score import ScoreLoop
@@ -43,6 +43,19 @@ _RESTART_FIRST_S = 1.0
 _RESTART_MOST_S = 60.0
 _HEALTHY_AFTER_S = 60.0
 _STORE_WAIT_S = 3.0
+_TO_DO = {
+    "service": "It is started again by itself, every minute at least; the others go on. If that does not "
+    "help, the log says what went wrong: mend that, or restart the game, which goes on where it was.",
+    "price": "Its rounds are skipped until a price comes; nothing that was asked is lost. If it lasts, see "
+    "whether the source is reachable from here and knows the asset (condor-lite check --online), or name a "
+    "second source in feed.source.",
+    "orchestrator": "No model can be asked until it is; it is tried again all the time. See whether it runs, "
+    "and whether orchestrator.host and orchestrator.port are right.",
+    "late": "The machine is too busy. See what else runs on it, or lower scoring.workers.",
+    "clock": "The game goes on when the clock has caught up. Have the machine's clock kept by NTP.",
+    "journal": "Answers are kept in memory and written as soon as that works. See to the disk's space and "
+    "rights, and to other programs that have the file open; don't stop the game before.",
+}
 
 
 class Service:
@@ -59,6 +72,8 @@ class Service:
         self.failure: str | None = None
         """Why it is not running, None while it is."""
         self.restarts = 0
+        self.changed_s = time.monotonic()
+        """Since when it has been running, or down (monotonic)."""
         self._run = run
         self._tell = tell
         self._may_end = may_end
@@ -85,6 +100,7 @@ class Service:
                             pause_s = _RESTART_FIRST_S
                         self.failure = f"{type(error).__name__}: {error}"
                         self.restarts += 1
+                        self.changed_s = time.monotonic()
                         if isinstance(error, CondorError):  # its message says all
                             log.error(
                                 "service_failed", service=self.name, error=str(error), restart_in_s=pause_s
@@ -94,6 +110,7 @@ class Service:
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _RESTART_MOST_S)
                     failure, self.failure, starting = self.failure, None, None
+                    self.changed_s = time.monotonic()
                     log.info("service_restarted", service=self.name)
                     self._tell(ServiceRestarted(self.name, failure))
         finally:
@@ -172,31 +189,50 @@ class Game:
     def _vitals(self) -> Vitals:
         return Vitals(
             services=[
-                ServiceState(service.name, service.failure, service.restarts) for service in self.services
+                ServiceState(
+                    service.name, service.failure, service.restarts, time.monotonic() - service.changed_s
+                )
+                for service in self.services
             ],
             workers=self.config.scoring.workers,
             pool_waiting=self.score.waiting,
             journal_waiting=self.journal.waiting,
+            written_for_s=self.db.written_for_s,
+            loop_delays_s=(
+                self.watchdog.delay_s(0.5),
+                self.watchdog.delay_s(0.99),
+                self.watchdog.delay_s(1.0),
+            ),
+            late_s=self.predict.late_s,
         )
 
-    def problems(self) -> list[str]:
-        """What keeps the game from being well, in words; empty when it is."""
-        found = [f"{service.name} is down: {service.failure}" for service in self.services if service.failure]
+    def problems(self) -> list[Problem]:
+        """What keeps the game from being well; empty when it is."""
+        found = [
+            Problem(f"{service.name} is down: {service.failure}", _TO_DO["service"])
+            for service in self.services
+            if service.failure
+        ]
         found += [
-            f"{state.asset} has no fresh price"
-            + (f": the newest is {state.age_s:.0f} s old" if state.age_s else "")
-            + (f" ({state.error})" if state.error else "")
+            Problem(
+                f"{state.asset} has no fresh price"
+                + (f": the newest is {state.age_s:.0f} s old" if state.age_s else "")
+                + (f" ({state.error})" if state.error else ""),
+                _TO_DO["price"],
+            )
             for state in self.feed.states()
             if state.stale and not self.feed.finished
         ]
         if not self.predict.fleet.connected:
-            found.append("the orchestrator is not connected")
+            found.append(Problem("the orchestrator is not connected", _TO_DO["orchestrator"]))
         if self.predict.late_s > 1.0:
-            found.append(f"the newest rounds opened {self.predict.late_s:.1f} s late")
+            what = f"the newest rounds opened {self.predict.late_s:.1f} s late"
+            found.append(Problem(what, _TO_DO["late"]))
         if (still_s := self.clock.stands_still_for_s) > 1.0:
-            found.append(f"the machine's clock was set back: the game stands still for {still_s:.0f} s")
+            what = f"the machine's clock was set back: the game stands still for {still_s:.0f} s"
+            found.append(Problem(what, _TO_DO["clock"]))
         if self.journal.failing:
-            found.append(f"the database can't be written: {self.journal.failing}")
+            found.append(Problem(f"the database can't be written: {self.journal.failing}", _TO_DO["journal"]))
         return found
 
 

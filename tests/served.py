@@ -35,7 +35,7 @@ from condor_lite.prices.feed import FeedState
 from condor_lite.report import server
 from condor_lite.report.answers import moment
 from condor_lite.report.api import create_app
-from condor_lite.report.live import Live, ServiceState, Vitals
+from condor_lite.report.live import Live, Problem, ServiceState, Vitals
 from condor_lite.report.stream import Stream
 from condor_lite.storage import repositories, scores
 from condor_lite.storage.database import Database
@@ -133,10 +133,12 @@ async def serve(folder: Path, extra: str = "", **more: Any) -> AsyncIterator[Gam
         config=config,
         clock=SteppedClock(NOW_S),
         started_at_s=START_S - 100.5,
-        problems=lambda: problems,
+        problems=lambda: [Problem(what, "wait") for what in problems],
         feeds=lambda: states,
         connected=lambda: connected,
-        vitals=lambda: Vitals([ServiceState("predict", None, 0)], 1, 0, 0),
+        vitals=lambda: Vitals(
+            [ServiceState("predict", None, 0, 61.0)], 1, 0, 0, 2.0, (0.0, 0.001, 0.01), 0.0
+        ),
         news=News(),
     )
     async with Database(config.storage.path) as db:

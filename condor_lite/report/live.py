@@ -13,28 +13,42 @@ from condor_lite.prices.feed import FeedState
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """What keeps the game from being well, and what to do about it."""
+
+    what: str
+    to_do: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceState:
-    """`failure`: why it is not running, None while it is."""
+    """`failure`: why it is not running, None while it is; `for_s`: for how long it has been so (wall)."""
 
     name: str
     failure: str | None
     restarts: int
+    for_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
     """How the parts of the game are. `pool_waiting`: answers that no scoring process has taken up yet;
-    `journal_waiting`: entries that are not on disk yet.
+    `journal_waiting`: entries that are not on disk yet; `written_for_s`: how long ago the last write was.
+    `loop_delays_s`: how late the event loop was in the last minute: median, 99 of 100, worst; `late_s`: how
+    late the newest rounds opened. All of these on the wall.
     """
 
     services: Sequence[ServiceState]
     workers: int
     pool_waiting: int
     journal_waiting: int
+    written_for_s: float | None
+    loop_delays_s: tuple[float, float, float]
+    late_s: float
 
 
 class Live:
-    """`problems`: what keeps the game from being well, in words. `connected`: the `model_id`s connected now.
+    """`problems`: what keeps the game from being well. `connected`: the `model_id`s connected now.
 
     The callables are asked on the event loop, often, and must be quick.
     """
@@ -44,7 +58,7 @@ class Live:
         config: Config,
         clock: Clock,
         started_at_s: float,
-        problems: Callable[[], Sequence[str]],
+        problems: Callable[[], Sequence[Problem]],
         feeds: Callable[[], Sequence[FeedState]],
         connected: Callable[[], Set[str]],
         vitals: Callable[[], Vitals],

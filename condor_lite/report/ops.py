@@ -30,7 +30,7 @@ async def healthz(context: Context, sent: NoParams) -> Reply:
 
 async def readyz(context: Context, sent: NoParams) -> Reply:
     """Whether all parts of the game do what they should, and which do not."""
-    problems = list(context.live.problems())
+    problems = [problem.what for problem in context.live.problems()]
     try:
         await queries.is_readable(context.readers)
     except StorageError as error:

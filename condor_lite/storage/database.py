@@ -201,6 +201,12 @@ class Database:
         await self._writer.run(_write_back, transaction=False)
         return await self._writer.run(_empty_log, transaction=False)
 
+    @property
+    def written_for_s(self) -> float | None:
+        """How long ago the last write was, None before the first."""
+        at_s = self._writer.committed_s
+        return None if at_s is None else time.monotonic() - at_s
+
     async def close(self) -> None:
         """Finish the writes that were asked for and close everything. A second call does nothing."""
         with anyio.CancelScope(shield=True):
@@ -216,6 +222,8 @@ class _Worker:
         self._begin = begin
         self._connection: sqlite3.Connection | None = None
         self._is_open = False
+        self.committed_s: float | None = None
+        """When the newest transaction ended (monotonic)."""
 
     async def open(self, connect: Callable[[], sqlite3.Connection]) -> None:
         def job() -> None:
@@ -251,6 +259,7 @@ class _Worker:
             try:
                 result = fn(connection)
                 connection.execute("COMMIT")
+                self.committed_s = time.monotonic()
             except BaseException:
                 if connection.in_transaction:  # SQLite itself rolls back when the disk is full
                     connection.execute("ROLLBACK")

@@ -18,7 +18,7 @@ from condor_lite import __version__
 from condor_lite.report.answers import moment
 from condor_lite.report.context import Context
 from condor_lite.report.files import address
-from condor_lite.report.live import Live
+from condor_lite.report.live import Live, Problem
 from condor_lite.report.replies import Reply, pack
 
 HTML = "text/html; charset=utf-8"
@@ -57,7 +57,7 @@ async def show(
 
 
 def render(
-    live: Live, template: str, *, at: str = "", problems: Sequence[str] = (), **values: object
+    live: Live, template: str, *, at: str = "", problems: Sequence[Problem] = (), **values: object
 ) -> bytes:
     """The page's HTML. Everything that is put into a template is escaped."""
     source = live.config.feed.source
