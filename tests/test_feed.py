@@ -580,6 +580,31 @@ async def test_an_asset_that_no_source_knows_is_told_at_the_start(db: Database) 
     assert [state.source for state in other.states()] == ["exchange", "other"]
 
 
+async def test_an_asset_that_a_fallback_does_not_know_is_told_while_it_is_not_needed(db: Database) -> None:
+    def stranger(asset: str, until_s: int) -> None:
+        if asset == "ETH":
+            raise UnknownAsset("other has no ETH")
+
+    def outage(asset: str, until_s: int) -> None:
+        raise OSError("HTTP 500")
+
+    clock = SteppedClock(T + 2)
+    first, second, third = (LiveSource(name=name) for name in ("first", "second", "third"))
+    second.fault = stranger
+    feed = Feed(configure(failover_after_s=300), clock, db, first, second, third)
+    with capture_logs() as logs:
+        await feed.start()
+        async with running(feed):
+            await clock.run_until(T + 3)
+            warned = [
+                (entry["asset"], entry["source"]) for entry in logs if entry["event"] == "asset_unknown"
+            ]
+            assert warned == [("ETH", "second")]
+            first.fault = outage
+            await clock.run_until(T + 600)
+    assert [(state.asset, state.source) for state in feed.states()] == [("BTC", "second"), ("ETH", "third")]
+
+
 async def test_a_clock_that_differs_is_told_once_and_waited_for(db: Database) -> None:
     clock = SteppedClock(T + 2)
     source = LiveSource(skew_s=-5.0)

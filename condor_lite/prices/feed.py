@@ -205,7 +205,7 @@ class Feed:
             unknown += [_unknown(line.asset, stranger) for stranger in strangers.values()]
             return
         for supply, stranger in strangers.items():
-            log.warning("asset_unknown", asset=line.asset, source=supply.source.name, error=str(stranger))
+            _warn_of_unknown(line, supply, stranger)
         line.supplies = [supply for supply in line.supplies if supply not in strangers]
         line.delivered_s = self._clock.now()
         if found is not None:
@@ -329,6 +329,7 @@ class Feed:
 
     async def _probe(self, line: Line) -> None:
         """While another supply is in use, look whether one before it delivers again."""
+        await self._meet_fallbacks(line)
         while True:
             await line.fallen_back.wait()
             pause_s = float(self._tick_s)
@@ -337,6 +338,22 @@ class Feed:
                 pause_s = min(2 * pause_s, max(_PROBE_MOST_S, self._tick_s))
                 with self._clock.hold():
                     await self._take_back(line)
+
+    async def _meet_fallbacks(self, line: Line) -> None:
+        """Find out now, and not in an outage, which of them do not have the asset."""
+        for supply in line.supplies[line.at + 1 :]:
+            until_s = self._timing.settled_s(supply)
+            try:
+                with self._clock.hold():
+                    await self._intake.probe(
+                        line, supply, Span(until_s - self._tick_s, until_s, self._tick_s)
+                    )
+            except UnknownAsset as error:
+                _warn_of_unknown(line, supply, error)
+                if line.supplies.index(supply) > line.at:
+                    line.supplies.remove(supply)
+            except Exception as error:
+                supply.failed(line.asset, error, self._clock.now())
 
     async def _take_back(self, line: Line) -> None:
         for at, supply in enumerate(line.supplies[: line.at]):
@@ -354,6 +371,10 @@ class Feed:
             if delivers and at < line.at:
                 line.use(at, self._clock.now())
                 return
+
+
+def _warn_of_unknown(line: Line, supply: Supply, error: UnknownAsset) -> None:
+    log.warning("asset_unknown", asset=line.asset, source=supply.source.name, error=str(error))
 
 
 def _unknown(asset: str, error: UnknownAsset) -> str:
