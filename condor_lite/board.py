@@ -86,6 +86,8 @@ class Board:
         await self.load_models()
         benchmark = reference_benchmark(self.models, now_s)
         if self._sums is None or self._sums.benchmark != benchmark:
+            if self._sums is None:
+                self._calibration = await self._calibrated(now_s)
             self._sums = await self._summed(benchmark, now_s)
             changed = True
         models = [(model.model_no, model.info, is_gone(model, now_s)) for model in self.models]
@@ -114,13 +116,17 @@ class Board:
         sums = WindowSums(
             self._config.game.settings, self._info, scorer_version=self._version, benchmark=benchmark
         )
-        self._calibration = BriefSums(self._config.game.settings)
         since_s = window_start_s(Window.ANCHOR, now_s)
         while since_s <= now_s:  # by the hour: a week of a large game is millions of rows
             until_s = since_s + HOUR_S
             rows = await self._db.read(scores.load_window_rows, self._version, since_s, until_s)
             await asyncio.to_thread(sums.load, rows)
             since_s = until_s
+        return sums
+
+    async def _calibrated(self, now_s: float) -> BriefSums:
+        """The calibration of all that is stored; it does not depend on the benchmark."""
+        sums = BriefSums(self._config.game.settings)
         numbers = [model.model_no for model in self.models]
         since_s = window_start_s(Window.ANCHOR, now_s)
         for setting in self._config.game.settings:
@@ -129,7 +135,7 @@ class Board:
                 briefs = await self._db.read(
                     load_brief_rows, self._version, setting, (some[0], some[-1]), since_s
                 )
-                await asyncio.to_thread(self._calibration.add, briefs)
+                await asyncio.to_thread(sums.add, briefs)
         return sums
 
     def tell_leader(self) -> None:
