@@ -173,20 +173,31 @@ def _complain(*lines: str) -> None:
     print("condor-lite: " + "\n".join(lines), file=sys.stderr)
 
 
+def _config_path(arguments: argparse.Namespace) -> Path | None:
+    from condor_lite import config as configuration
+
+    given: Path | None = arguments.config
+    return given or configuration.find(Path.cwd())
+
+
 def _config(arguments: argparse.Namespace) -> Config:
     from condor_lite import config as configuration
 
-    path = arguments.config or configuration.find(Path.cwd())
+    path = _config_path(arguments)
     # A host's own rule or feed lies beside the config; last on the path, so that it can't hide a library.
     sys.path.append(str((path or Path.cwd() / "demo").absolute().parent))
     return configuration.load(path, os.environ)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from functools import partial
+
+    from condor_lite import config as configuration
     from condor_lite import logs
     from condor_lite.check import obstacles
 
     config = _config(arguments)
+    load = partial(configuration.load, _config_path(arguments), os.environ)
     if problems := obstacles(config):
         _complain("the game can't start:", *(f"  {problem}" for problem in problems))
         return EXIT_BAD_START
@@ -195,10 +206,11 @@ def _run(arguments: argparse.Namespace) -> int:
     import asyncio
 
     from condor_lite import supervisor
+    from condor_lite.reload import Reloader
 
     writer = logs.configure(config.log)
     try:
-        stored = asyncio.run(supervisor.run(config))
+        stored = asyncio.run(supervisor.run(config, Reloader(config, load, writer.set_up)))
     finally:
         writer.close(wait_s=2.0)
     return 0 if stored else 1

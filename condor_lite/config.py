@@ -35,6 +35,7 @@ from condor_lite.errors import ConfigError
 __all__ = [
     "DEMO",
     "FILE_NAME",
+    "SECTIONS",
     "Config",
     "FeedConfig",
     "GameConfig",

@@ -328,8 +328,10 @@ class LogConfig:
     format: str = documented(choice("console", "json"), "`console` or `json`", default="console")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Config:
+    """All sections. `reload` replaces some while the game runs, so a part reads a value where it uses it."""
+
     game: GameConfig
     feed: FeedConfig
     orchestrator: OrchestratorConfig

@@ -37,6 +37,28 @@ class _Writer:
         except queue.Full:
             self._dropped += 1
 
+    def set_up(self, config: LogConfig) -> None:
+        """Have structlog write here, at the level and in the format asked for; may be called again."""
+        render: list[Any]
+        if config.format == "json":
+            render = [
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.processors.format_exc_info,
+                structlog.processors.EventRenamer("event"),
+                _json,
+            ]
+        else:
+            render = [
+                structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+                structlog.dev.ConsoleRenderer(colors=self._stream.isatty(), pad_event_to=18, sort_keys=False),
+            ]
+        structlog.configure(
+            processors=[structlog.processors.add_log_level, *render],
+            wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[config.level]),
+            logger_factory=structlog.WriteLoggerFactory(self),  # type: ignore[arg-type]
+            cache_logger_on_first_use=False,
+        )
+
     def flush(self) -> None:
         """The thread flushes after each burst."""
 
@@ -65,27 +87,8 @@ class _Writer:
 
 def configure(config: LogConfig, stream: TextIO | None = None) -> _Writer:
     """Set structlog up for the process; the writer is to be closed at the end."""
-    stream = stream if stream is not None else sys.stdout
-    writer = _Writer(stream)
-    render: list[Any]
-    if config.format == "json":
-        render = [
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.EventRenamer("event"),
-            _json,
-        ]
-    else:
-        render = [
-            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-            structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=18, sort_keys=False),
-        ]
-    structlog.configure(
-        processors=[structlog.processors.add_log_level, *render],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[config.level]),
-        logger_factory=structlog.WriteLoggerFactory(writer),  # type: ignore[arg-type]
-        cache_logger_on_first_use=False,
-    )
+    writer = _Writer(stream if stream is not None else sys.stdout)
+    writer.set_up(config)
     return writer
 
 

@@ -1,7 +1,8 @@
-"""What SIGTERM and SIGINT do. Imports almost nothing: the handlers stand before anything heavy is imported.
+"""What SIGTERM, SIGINT and SIGHUP do. Imports almost nothing: the handlers come before anything heavy.
 
-The first signal asks for an orderly end, whatever the program is doing; the second leaves at once. Models and
-scoring workers end with their parent.
+The first SIGTERM or SIGINT asks for an orderly end, whatever the program is doing; the second leaves at once.
+Models and scoring workers end with their parent. SIGHUP asks for the config to be reread, or for an end where
+it comes because the terminal was closed.
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ from types import FrameType
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _asked = 0
 _then: Callable[[], None] | None = None
+_hung_up = False
+_reread: Callable[[], None] | None = None
+_had_terminal = False
 
 
 def install() -> None:
     """Install the handlers; to be called in the main thread."""
+    global _had_terminal
+    _had_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # not by nohup
     for number in _SIGNALS:
         signal.signal(number, _handle)
+    signal.signal(signal.SIGHUP, _hang_up)
 
 
 def restore() -> None:
     """Back to Python's own handlers: for commands that may simply be interrupted."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if _asked:
         raise KeyboardInterrupt
 
@@ -41,6 +49,32 @@ def when_asked(then: Callable[[], None] | None) -> None:
     _then = then
     if then is not None and _asked:
         then()
+
+
+def when_hung_up(reread: Callable[[], None] | None) -> None:
+    """Call `reread()` on every SIGHUP, at once where one has come already; from a signal handler."""
+    global _reread
+    _reread = reread
+    if reread is not None and _hung_up:
+        reread()
+
+
+def _hang_up(number: int, frame: FrameType | None) -> None:
+    global _hung_up
+    if _had_terminal and not _has_terminal():
+        _handle(number, frame)
+        return
+    _hung_up = True
+    if _reread is not None:
+        _reread()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

@@ -26,6 +26,7 @@ from condor_lite.prices.feed import Feed
 from condor_lite.prices.replay import ReplaySource
 from condor_lite.prices.source import Source
 from condor_lite.prices.sources import make_sources
+from condor_lite.reload import Reloader
 from condor_lite.report import server
 from condor_lite.report.api import create_app
 from condor_lite.report.live import Live, Problem, ServiceState, Vitals
@@ -246,19 +247,24 @@ def _clock(config: Config, source: Source, stored_s: float | None) -> Clock:
     return GameClock(not_before_s=stored_s or 0.0)
 
 
-async def run(config: Config) -> bool:
+async def run(config: Config, reloader: Reloader) -> bool:
     """Run the game until it is asked to stop; whether everything could be stored.
 
     Raises CondorError (StartError, StorageError, ConfigError) where it can't start.
     """
     stop = asyncio.Event()
-    stopping.when_asked(partial(_ask_to_stop, asyncio.get_running_loop(), stop))
+    loop = asyncio.get_running_loop()
+    rereading = asyncio.create_task(reloader.run())
+    stopping.when_asked(partial(_on_loop, loop, stop.set))
+    stopping.when_hung_up(partial(_on_loop, loop, reloader.ask))
     try:
         async with playing(config) as game:
             await stop.wait()
             log.info("stopping", grace_s=config.game.shutdown_grace_s)
     finally:
         stopping.when_asked(None)
+        stopping.when_hung_up(None)
+        rereading.cancel()
     if game.journal.waiting:
         log.error("stopped", not_stored=game.journal.waiting, why=game.journal.failing)
     else:
@@ -266,8 +272,8 @@ async def run(config: Config) -> bool:
     return not game.journal.waiting
 
 
-def _ask_to_stop(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    loop.call_soon_threadsafe(stop.set)  # a signal handler may run in the middle of anything
+def _on_loop(loop: asyncio.AbstractEventLoop, then: Callable[[], None]) -> None:
+    loop.call_soon_threadsafe(then)  # a signal handler may run in the middle of anything
 
 
 @asynccontextmanager
