@@ -297,6 +297,30 @@ async def test_rounds_scored_meanwhile_are_in_the_switch(
     assert numbers == sorted(numbers), "once, and not back"
 
 
+async def test_live_rounds_are_scored_before_the_backlog_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scored(tmp_path) as game:
+        rescorer = rescorer_of(game)
+        original, live, seen = rescorer._decide, [], []
+
+        async def decide(*arguments: Any) -> int:
+            seen.append((await game.statuses())[ROUNDS:])
+            if not live:
+                await game.round(START_S + 20 * ROUNDS)  # it is due
+                live.append(asyncio.create_task(game.loop.finish()))
+                await asyncio.sleep(0)
+            return await original(*arguments)
+
+        monkeypatch.setattr(rescorer, "_decide", decide)
+        now = await ended(rescorer, "rescore")
+        await asyncio.gather(*live)
+    assert (now.state, now.scored) == ("done", ROUNDS + 1)
+    assert seen[0] == []
+    assert len(seen) > 2
+    assert seen[1:] == [[("scored", None)]] * (len(seen) - 1)
+
+
 async def test_until_the_switch_nothing_shows_and_then_all_of_it(tmp_path: Path) -> None:
     async with scored(tmp_path, rounds=3) as game:
         job = await game.db.write(
