@@ -39,8 +39,8 @@ HOUR_S = 3600
 DAYS_S = 3 * 86400
 END_S = START_S + DAYS_S
 ASSETS = ("BTC", "ETH")
-HORIZON_S, STEP_S, INTERVAL_S = 1800, 300, 1800
-TICK_S = 300
+HORIZON_S, STEP_S, INTERVAL_S = 1800, 600, 1800
+TICK_S = 600
 STALE_S = 3 * TICK_S
 
 CONFIG = f"""
@@ -144,7 +144,7 @@ class BadExchange(Exchange):
 async def test_three_days_of_trouble_lose_and_repeat_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng = random.Random(21)
+    rng = random.Random(20)
     wrong = list(troubles(rng))
     assert {trouble.kind for trouble in wrong} == {"error", "hang", "wrong", "stopped"}
     prices = market(rng)
@@ -264,7 +264,7 @@ def check_rounds(config: Config, wrong: Sequence[Trouble], held: dict[str, dict[
                     assert (status, scored, resolved) == ("scored", 1, outcome.resolved)
                 else:
                     assert (status, reason) == ("void", outcome.void_reason)
-    assert counted["scored"] > 200
+    assert counted["scored"] > 150
     assert min(counted[kind] for kind in ("void", "missed", "skipped")) > 0, counted
 
 
