@@ -1,7 +1,9 @@
 """A new leaderboard of 1,000 models and 8 settings, with a week in the file and with an hour.
 
 The reference is the same game with a single scored round a setting. All that happens from a scored round to
-bodies that the API can serve is counted; the loop's delay is measured meanwhile.
+bodies that the API can serve is counted; the loop's delay is measured meanwhile. Where other programs run,
+processor time says more, and the loop thread's own from beat to beat: the rest of a delay is waiting for a core or
+for the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -59,11 +61,11 @@ def main() -> None:
     print(f"{MODELS} models, 8 settings, a scored round an hour and setting")
     empty = asyncio.run(_measure(1))
     full = asyncio.run(_measure(HOURS))
-    print(f"  a week to an hour         {full / empty:>9.2f} x   (target <= 1.2)")
+    print(f"  a week to an hour         {full / empty:>9.2f} x of the processor   (target <= 1.2)")
 
 
 async def _measure(hours: int) -> float:
-    """Seconds for a refresh."""
+    """Seconds of the processor for a refresh."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.toml"
         path.write_text(CONFIG)
@@ -84,41 +86,53 @@ async def _measure(hours: int) -> float:
                 config, SteppedClock(NOW_S), db, pool, load_rule(rules.rule), version, boards.append
             )
             spare_the_loop()
-            delays: list[float] = []
+            delays: list[tuple[float, float]] = []
             beating = asyncio.create_task(_beat(delays))
-            started_s = time.perf_counter()
+            started_s, cpu_s = time.perf_counter(), time.process_time()
             await scorer.board.publish(changed=True)
-            rebuilt_s = time.perf_counter() - started_s
-            rebuild_delay_s = max(delays)
+            rebuilt_s, rebuilt_cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
+            rebuild_held = _held(delays)
             await asyncio.sleep(0.2)
             delays.clear()
-            spent, bodies = [], []
+            spent, bodies, cpu = [], [], []
             for _ in range(REFRESHES):
                 del boards[:-1]
-                started_s = time.perf_counter()
+                started_s, cpu_s = time.perf_counter(), time.process_time()
                 await scorer.board.publish(changed=True)
                 published_s = time.perf_counter()
+                cpu.append(time.process_time() - cpu_s)
                 models = await db.read(repositories.load_models)
                 await asyncio.to_thread(make, boards[-1], models, frozenset(), NOW_S, 10)
                 spent.append(published_s - started_s)
                 bodies.append(time.perf_counter() - published_s)
             beating.cancel()
-    refresh_s = statistics.median(spent)
+    refresh_s, refresh_cpu_s = statistics.median(spent), statistics.median(cpu)
     label = "a week in the file" if hours > 1 else "an hour in the file"
     print(f"  {label}")
-    print(f"    refresh                 {1000 * refresh_s:>9.1f} ms   (target <= 250)")
+    print(
+        f"    refresh                 {1000 * refresh_s:>9.1f} ms, {1000 * refresh_cpu_s:.1f} ms of the processor"
+        "   (target <= 250)"
+    )
     print(f"    bodies for the API      {1000 * statistics.median(bodies):>9.1f} ms")
-    print(f"    loop held               {1000 * max(delays):>9.1f} ms at most   (target <= 10)")
-    print(f"    rebuilt at the start    {1000 * rebuilt_s:>9.1f} ms")
-    print(f"    loop held meanwhile     {1000 * rebuild_delay_s:>9.1f} ms at most")
-    return refresh_s
+    print(f"    loop held               {_held(delays)}   (target <= 10)")
+    print(
+        f"    rebuilt at the start    {1000 * rebuilt_s:>9.1f} ms, {1000 * rebuilt_cpu_s:.1f} ms of the processor"
+    )
+    print(f"    loop held meanwhile     {rebuild_held}")
+    return refresh_cpu_s
 
 
-async def _beat(delays: list[float]) -> None:
+def _held(delays: list[tuple[float, float]]) -> str:
+    late_s, own_s = (max(column) for column in zip(*delays, strict=True))
+    return f"{1000 * late_s:>9.1f} ms at most, {1000 * own_s:.1f} ms by what it computed itself"
+
+
+async def _beat(delays: list[tuple[float, float]]) -> None:
+    """Note how late the loop is, and how long its thread computed from one beat to the next."""
     while True:
-        due_s = time.perf_counter() + BEAT_S
+        due_s, computed_s = time.perf_counter() + BEAT_S, time.thread_time()
         await asyncio.sleep(BEAT_S)
-        delays.append(time.perf_counter() - due_s)
+        delays.append((time.perf_counter() - due_s, time.thread_time() - computed_s))
 
 
 def _fill_models(conn: sqlite3.Connection) -> None:
