@@ -2,8 +2,8 @@
 
 The reference is the same game with a single scored round a setting. All that happens from a scored round to
 bodies that the API can serve is counted; the loop's delay is measured meanwhile. Where other programs run,
-processor time says more, and the loop thread's own from beat to beat: the rest of a delay is waiting for a core or
-for the interpreter's lock.
+processor time says more, and the loop thread's own from beat to beat: the rest of a delay is waiting for a
+core or for the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -110,13 +110,14 @@ async def _measure(hours: int) -> float:
     label = "a week in the file" if hours > 1 else "an hour in the file"
     print(f"  {label}")
     print(
-        f"    refresh                 {1000 * refresh_s:>9.1f} ms, {1000 * refresh_cpu_s:.1f} ms of the processor"
-        "   (target <= 250)"
+        f"    refresh                 {1000 * refresh_s:>9.1f} ms, "
+        f"{1000 * refresh_cpu_s:.1f} ms of the processor   (target <= 250)"
     )
     print(f"    bodies for the API      {1000 * statistics.median(bodies):>9.1f} ms")
     print(f"    loop held               {_held(delays)}   (target <= 10)")
     print(
-        f"    rebuilt at the start    {1000 * rebuilt_s:>9.1f} ms, {1000 * rebuilt_cpu_s:.1f} ms of the processor"
+        f"    rebuilt at the start    {1000 * rebuilt_s:>9.1f} ms, "
+        f"{1000 * rebuilt_cpu_s:.1f} ms of the processor"
     )
     print(f"    loop held meanwhile     {rebuild_held}")
     return refresh_cpu_s
