@@ -92,10 +92,6 @@ def with_argument(token):
     return found
 
 
-def lives(process):
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
 @either_way
 async def test_memory_files_and_core_dumps_are_limited(tmp_path, boxed):
     async with hosting(tmp_path, boxed) as host:
@@ -150,6 +146,21 @@ async def test_processor_time_is_limited_from_call_to_call(tmp_path, boxed):
 
 
 @either_way
+@pytest.mark.parametrize("code", [1, 200])
+async def test_any_end_is_put_into_words(tmp_path, boxed, code):
+    async with hosting(tmp_path, boxed) as host:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await host.value("leave", code)
+        assert await host.process.wait() == f"ended with exit code {code}"
+
+
+async def test_a_nameless_signal_is_put_into_words(tmp_path):
+    async with hosting(tmp_path, False) as host:
+        os.kill(host.process.pid, 40)
+        assert await host.process.wait() == "killed by signal 40"
+
+
+@either_way
 async def test_the_log_stays_small_and_keeps_the_last_line(tmp_path, boxed):
     async with hosting(tmp_path, boxed) as host:
         await host.value("chatter")
@@ -182,7 +193,7 @@ async def test_a_fork_bomb_is_bounded_and_ends_with_the_sandbox(tmp_path):
         assert await host.value("bomb") == "bounded"
         processes = own.children(recursive=True)
         assert 5 < len(processes) <= TIGHT.model_processes + 1
-    await eventually(lambda: not any(lives(process) for process in processes))
+    await eventually(lambda: not any(process.is_running() for process in processes))  # nor any zombie
 
 
 @needs_sandbox

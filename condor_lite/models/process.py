@@ -132,6 +132,7 @@ class ModelProcess:
         self.deployment_id = deployment_id
         self.ip = "127.0.0.1"
         self.port = 0
+        self._inside: int | None = None
         self._mark = mark
         self._process = process
         self._settings = settings
@@ -143,21 +144,21 @@ class ModelProcess:
 
     async def wait(self) -> str:
         """Return when the process has ended; says how it ended."""
-        code = await self._process.wait()
-        if self._settings.rules.sandbox and code > _SIGNALLED:
-            code = _SIGNALLED - code
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        if code == -signal.SIGXCPU:
-            how += (
-                f": more than {self._settings.rules.model_cpu_s} s of a processor since its last call began"
-            )
+        rules = self._settings.rules
+        how, number = _ending(await self._process.wait(), sandboxed=rules.sandbox)
+        if number == signal.SIGXCPU:
+            how += f": more than {rules.model_cpu_s} s of a processor since its last call began"
         last_line = await anyio.to_thread.run_sync(_last_words, log_path(self._settings, self.source))
         return f"{how} ({last_line})" if last_line else how
 
     async def stop(self) -> None:
         """End the process and all that it started: SIGTERM, SIGKILL after the grace. Not to be cancelled."""
         with anyio.CancelScope(shield=True):
-            self._signal(signal.SIGTERM)
+            if self._inside and self._process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._inside, signal.SIGKILL)  # so that bwrap collects it, and no zombie is left
+            else:
+                self._signal(signal.SIGTERM)
             with anyio.move_on_after(self._settings.stop_grace_s):
                 await self._process.wait()
             self._signal(signal.SIGKILL)
@@ -183,9 +184,10 @@ class ModelProcess:
         if self._settings.rules.sandbox:
             # "ip:port" is what clients of the protocol dial, and gRPC takes "unix:/path:1" as such.
             try:
-                self.ip = f"unix:{sandbox.outside(self.pid, self._mark)}"
+                self._inside = sandbox.first_inside(self.pid)
             except (OSError, IndexError):
                 raise LaunchError(f"its sandbox has ended: {await self.wait()}") from None
+            self.ip = f"unix:/proc/{self._inside}/root{sandbox.socket_path(self._mark)}"
 
     async def _probe(self) -> None:
         """Health check, then Setup, so that a broken model is known before anybody is told of it."""
@@ -318,6 +320,15 @@ def _clear_away(mark: str, temp_dir: Path) -> None:
     end_marked([mark])
     with contextlib.suppress(RecursionError):  # folders in folders in folders
         shutil.rmtree(temp_dir / mark, ignore_errors=True)
+
+
+def _ending(code: int, *, sandboxed: bool) -> tuple[str, int]:
+    """In words, and the signal, 0 for none. Of a sandbox a model may give us any code that it likes."""
+    number = code - _SIGNALLED if sandboxed and code > _SIGNALLED else -code
+    if number > 0 and number in signal.valid_signals():
+        named = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
+        return f"killed by {named}", number
+    return f"ended with exit code {code}", 0
 
 
 def _last_words(path: Path) -> str:

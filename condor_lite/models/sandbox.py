@@ -79,10 +79,9 @@ def socket_path(mark: str) -> str:
     return f"/tmp/{mark}"  # noqa: S108
 
 
-def outside(pid: int, mark: str) -> str:
-    """The same socket seen from here, in the sandbox whose bwrap has this pid. Raises OSError, IndexError."""
-    inside_pid = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
-    return f"/proc/{inside_pid}/root{socket_path(mark)}"
+def first_inside(pid: int) -> int:
+    """The process whose end is the sandbox's, of the bwrap that has this pid. Raises OSError, IndexError."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
 def _bind(path: Path) -> list[str]:

@@ -113,6 +113,9 @@ class Hostile(TrackerBase):
         ctypes.CDLL(None).signal(signal.SIGTERM, 1)
         return "ignored"
 
+    def leave(self, code):
+        os._exit(code)
+
     def burn(self, seconds):
         until = time.process_time() + seconds
         while time.process_time() < until:
