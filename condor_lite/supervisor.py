@@ -36,6 +36,7 @@ from condor_lite.score import ScoreLoop
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
 from condor_lite.storage.journal import Journal
+from condor_lite.upkeep import Upkeep
 from condor_lite.watchdog import Watchdog, spare_the_loop
 
 log = structlog.get_logger()
@@ -339,6 +340,7 @@ async def _start(
         Service("rescore", rescorer.run, news.tell),
         Service("score", game.score.run, news.tell),
         Service("feed", game.feed.run, news.tell, may_end=True),
+        Service("upkeep", Upkeep(config, clock, db, game.journal).run, news.tell),
         Service("journal", game.journal.run, news.tell),
         Service("report", game.web.run, news.tell),
         Service("watchdog", game.watchdog.run, news.tell),

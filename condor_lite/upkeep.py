@@ -18,7 +18,7 @@ from condor_lite.storage.journal import Journal
 
 log = structlog.get_logger()
 
-_EVERY_S = 60.0  # on the wall
+_EVERY_S = 300.0  # on the wall
 _ROWS = 250  # a step: a few milliseconds of the writer
 _PAUSE_S = 0.01  # between steps, on the wall: others write then
 _DAY_S = 86400
