@@ -31,7 +31,7 @@ from condor_lite.storage.repositories import load_series
 
 _SAME = 1e-12  # relative: how well the score computed anew must agree with the stored one
 
-_SILENCE = {
+SILENCE = {
     AnswerStatus.FAILED: "the call failed",
     AnswerStatus.TIMEOUT: "no answer within the round's deadline",
     AnswerStatus.ABSENT: "not connected, or still being fed the price history, when the round was held",
@@ -185,7 +185,7 @@ def _segment_scores(
 ) -> tuple[npt.NDArray[np.float64] | None, str | None]:
     """The scores by segment, and a reason where there are none or they are not what was stored."""
     if answer.status is not AnswerStatus.SUCCESS:
-        return None, answer.detail or _SILENCE[answer.status]
+        return None, answer.detail or SILENCE[answer.status]
     if answer.payload is None:
         days = config.storage.keep_payloads_s / 86400
         return None, f"the answer itself is not stored any more: answers are kept for {days:g} days"

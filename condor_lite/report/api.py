@@ -26,7 +26,7 @@ from condor_lite.report.files import Files
 from condor_lite.report.live import Live
 from condor_lite.report.metrics import OPENMETRICS, TEXT
 from condor_lite.report.openapi import REASONS, Endpoint, document
-from condor_lite.report.pages import about, leaderboard, status
+from condor_lite.report.pages import about, leaderboard, model, prices, round, rounds, status  # noqa: A004
 from condor_lite.report.pages.common import FOR_S, Page, show
 from condor_lite.report.params import BadParameter, NoParams
 from condor_lite.report.replies import Reply, pack, respond
@@ -91,6 +91,10 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 
 PAGES: tuple[Page, ...] = (
     Page("/", leaderboard.page, leaderboard.LeaderboardPageParams),
+    Page("/models/{model_id:path}", model.page, model.ModelPageParams),
+    Page("/rounds", rounds.page, rounds.RoundsPageParams),
+    Page("/rounds/{round_id}", round.page, round.RoundPageParams),
+    Page("/prices", prices.page, prices.PricesPageParams),
     Page("/status", status.page, NoParams),
     Page("/about", about.page, NoParams),
     Page("/docs", docs, NoParams),

@@ -189,7 +189,7 @@ class RoundParams:
 
 async def round_detail(context: Context, sent: RoundParams) -> Reply:
     """One round, and what came of every model in it."""
-    row = await _find_round(context, sent.round_id)
+    row = await find_round(context, sent.round_id)
     answers = await queries.round_answers(context.readers, row["round_no"])
 
     def work() -> Reply:
@@ -245,7 +245,8 @@ async def prediction_detail(context: Context, sent: PredictionParams) -> Reply:
         raise NotFound(str(error)) from None
 
 
-async def _find_round(context: Context, round_id: str) -> Row:
+async def find_round(context: Context, round_id: str) -> Row:
+    """Raises NotFound."""
     key: RoundKey | None = parse_round_id(round_id)
     if key is None:
         raise NotFound("a round's id looks like BTC-3600-60-1700000000: asset, horizon, step, time")

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import orjson
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
 
 from condor_lite import __version__
+from condor_lite.report import bundle
 from condor_lite.report.answers import moment
 from condor_lite.report.context import Context
 from condor_lite.report.files import address
@@ -142,9 +145,17 @@ def part(text: str) -> str:
 
 
 def query(**values: object) -> str:
-    """`?window=recent&sort=model`, without what is None or empty."""
-    text = urlencode({name: value for name, value in values.items() if value not in (None, "")})
+    """`?window=recent&sort=model`, without what is None or empty; a list's name once for each."""
+    text = urlencode({name: value for name, value in values.items() if value not in (None, "")}, doseq=True)
     return f"?{text}" if text else "?"
+
+
+def as_json(value: object) -> Markup:
+    """For a script element of data: nothing in it can end the element."""
+    text = orjson.dumps(value).decode()
+    for char in "<>&":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return Markup(text)  # noqa: S704 - escaped for where it stands
 
 
 _templates = Environment(
@@ -156,6 +167,7 @@ _templates = Environment(
 )
 _templates.filters.update(
     answer_time=answer_time,
+    as_json=as_json,
     duration=duration,
     moment=lambda at_s: moment(int(at_s)),
     part=part,
@@ -167,4 +179,4 @@ _templates.filters.update(
     stamp=stamp,
     time_of_day=time_of_day,
 )
-_templates.globals.update(query=query, static=address)
+_templates.globals.update(plotly=bundle.ADDRESS, query=query, static=address)

@@ -181,21 +181,30 @@ def _line(
 ) -> Line:
     model = standing.model
     rank, before = standing.ranks.get(window), past.ranks[window].get(model.model_no)
-    failing = None
-    if lately is not None and 2 * lately["bad"] > lately["newest"]:
-        failing = lately["detail"]
     return Line(
         standing=standing,
         rank=rank,
         climbed=None if rank is None or before is None else before - rank,
         running=model.info.model_id in made.connected,
-        new=made.created_at_s - model.joined_at_s < _DAY_S and 2 * standing.rounds < most_rounds,
+        new=is_new(standing, made, most_rounds),
         gone=is_gone(model, made.created_at_s),
-        failing=failing,
+        failing=failing(lately),
         spark=_spark(past, model.model_no, list(Window).index(window)),
         answered=standing.answered / standing.rounds if standing.rounds else None,
         median_us=lately["median_us"] if lately is not None else None,
     )
+
+
+def is_new(standing: Standing, made: ReadyMade, most_rounds: int) -> bool:
+    """Whether a model joined within a day and has fewer than half of the rounds that others have."""
+    return made.created_at_s - standing.model.joined_at_s < _DAY_S and 2 * standing.rounds < most_rounds
+
+
+def failing(lately: Row | None) -> str | None:
+    """What is wrong with a model's newest answers, None where most of them are good."""
+    if lately is None or 2 * lately["bad"] <= lately["newest"]:
+        return None
+    return str(lately["detail"])
 
 
 def _chosen(lines: Sequence[Line], sent: LeaderboardPageParams, order: Order) -> list[Line]:
