@@ -19,7 +19,7 @@ from condor_lite.storage.journal import Journal
 log = structlog.get_logger()
 
 _EVERY_S = 300.0  # on the wall
-_ROWS = 250  # a step: a few milliseconds of the writer
+_ROWS = 100  # a step, or a round where it has more: a few milliseconds of the writer
 _PAUSE_S = 0.01  # between steps, on the wall: others write then
 _DAY_S = 86400
 _NIGHT_S = 3 * 3600  # after midnight UTC
