@@ -76,7 +76,8 @@ def test_half_of_the_segments_are_enough_and_fewer_are_not() -> None:
     exactly = outcome(MIDNIGHT_S, missing=(1, 3, 10))
     assert (exactly.resolved, exactly.void_reason) == (5, None)
     fewer = outcome(MIDNIGHT_S, missing=(1, 3, 6))
-    assert (fewer.resolved, fewer.void_reason) == (4, "prices resolve only 4 of 10 segments")
+    assert fewer.resolved == 4
+    assert str(fewer.void_reason).startswith("prices resolve only 4 of 10 segments")
 
 
 def test_a_missing_segment_is_left_out_for_every_model_alike() -> None:

@@ -557,7 +557,7 @@ async def test_a_level_that_changed_at_the_edge_of_a_page_after_an_outage_is_bel
     await feed.start()
     source.fault = fault
     async with running(feed):
-        await clock.run_until(T + 5470)
+        await clock.run_until(T + 5600)
     expected = {ts_s: split(ts_s) for ts_s in range(T, T + 5401, 60)}
     assert {ts_s: price for ts_s, price in held(feed, "BTC").items() if ts_s in expected} == expected
 

@@ -210,7 +210,9 @@ async def test_a_round_with_too_few_prices_is_void(tmp_path: Path) -> None:
         await game.prices(START_S + 55, START_S + 80)
         game.clock = SteppedClock(START_S + 120)
         await game.another_loop().finish()
-        assert await game.statuses() == [("void", "prices resolve only 2 of 6 segments")]
+        assert await game.statuses() == [
+            ("void", "prices resolve only 2 of 6 segments; no price came for 40 s of the round")
+        ]
         assert await game.rows("SELECT * FROM score") == []
 
 

@@ -330,6 +330,7 @@ async def test_a_hung_connection_is_given_up(
     server.faults = [HANG]
     with pytest.raises(SourceError, match=r"no answer within 0\.2 s"):
         await hour(source)
+    monkeypatch.undo()
     assert len(await hour(source)) == 60
 
 

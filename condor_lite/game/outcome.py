@@ -56,6 +56,8 @@ class Realised:
     unit: float
     no_move: float
     boundary_source: Sources | None = None
+    silence_s: int = 0
+    """The longest time of the round without a price that left a segment unresolved, 0 where none did."""
 
     @property
     def between_sources(self) -> npt.NDArray[np.bool_]:
@@ -72,6 +74,8 @@ class Realised:
         if 2 * self.resolved < n:
             between = int(self.between_sources.sum())
             also = f"; the prices of {between} come from two sources" if between else ""
+            if self.silence_s:
+                also += f"; no price came for {self.silence_s} s of the round"
             return f"prices resolve only {self.resolved} of {n} segments{also}"
         if not np.isfinite(self.unit):
             return "there is no price at the start of the round"
@@ -95,6 +99,12 @@ def realise(series: Series, setting: Setting, scheduled_at_s: int, tick_s: int, 
     age_s = np.full(len(boundary_ts_s), tick_s, np.int64)
     age_s[known] = boundary_ts_s[known] - series.ts_s[last[known]]
     price[~usable | (age_s >= tick_s)] = np.nan
+    silent = known & (age_s >= tick_s)
+    silence_s = 0
+    if silent.any():
+        ends_s = np.append(series.ts_s, boundary_ts_s[-1])[last[silent] + 1]
+        begins_s = np.maximum(series.ts_s[last[silent]], scheduled_at_s)
+        silence_s = int((np.minimum(ends_s, boundary_ts_s[-1]) - begins_s).max())
     source = None if series.source is None else _sources(series.source, last, np.isnan(price))
     if target == "price_change":
         increments, unit = np.diff(price), BASIS_POINTS / start
@@ -105,7 +115,7 @@ def realise(series: Series, setting: Setting, scheduled_at_s: int, tick_s: int, 
     resolved = np.isfinite(increments)
     count = int(resolved.sum())
     no_move = float(np.abs(increments[resolved]).mean() * unit) if count else float("nan")
-    return Realised(boundary_ts_s, price, increments, count, unit, no_move, source)
+    return Realised(boundary_ts_s, price, increments, count, unit, no_move, source, silence_s)
 
 
 def _sources(source: Sources, last: npt.NDArray[np.intp], unknown: npt.NDArray[np.bool_]) -> Sources | None:
