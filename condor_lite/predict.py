@@ -133,7 +133,7 @@ class PredictLoop:
                 self._tasks = None
 
     async def finish(self, grace_s: float) -> None:
-        """Open no more rounds, give those in flight up to `grace_s` (wall), and store everything.
+        """Open no more rounds, give those in flight up to `grace_s` (wall), and leave all to the journal.
 
         Who was asked and can't answer any more because the game stops is left out of its round.
         """
@@ -144,7 +144,6 @@ class PredictLoop:
         for open_round in list(self.open_rounds):
             self._close(open_round, cut_short=True)
         self._touch(self._connected())
-        await self._journal.flushed()
 
     async def _resume(self) -> None:
         """Learn from the database what was held, and account for every round since then."""

