@@ -70,8 +70,10 @@ class OpenRound:
     """Failures of the connection: what counts unless the model comes back and answers before the deadline."""
     reached: set[int] = field(default_factory=set)
     """Whose call is under way or was: the others were busy with an earlier one all the time."""
+    refused: set[int] = field(default_factory=set)
+    """Whose answer found no room to wait for the database."""
     unstored: int = 0
-    """How many answers were refused because too many waited to be stored already."""
+    """For how many there was not even room to say that."""
 
     @property
     def round_no(self) -> int:

@@ -310,13 +310,14 @@ class PredictLoop:
             by_no[answer.model_no].last_error = answer.detail
         for no in open_round.asked:
             _note_first_round(by_no[no], open_round)
-        if answers:
-            self._store(open_round, answers)
+        if answers and not self._store(open_round, answers):
+            open_round.unstored += len(answers)
         if void_reason is None:
             void_reason = self._our_fault(open_round, by_no)
         if void_reason is None:
             for no, status in open_round.outcomes.items():
-                self._count(by_no[no], status, reached=no in open_round.reached)
+                if no not in open_round.refused:
+                    self._count(by_no[no], status, reached=no in open_round.reached)
         self._journal.append(
             repositories.close_round,
             open_round.round_no,
@@ -338,13 +339,11 @@ class PredictLoop:
                 return "no model was connected"
             paused = all(lane.paused for lane in lanes)
             return "every connected model is paused" if paused else "no connected model was ready to be asked"
-        if open_round.unstored:
+        if count := max(len(open_round.refused), open_round.unstored):
             why = self._journal.failing or "the database is slow"
-            reason = f"{open_round.unstored} answers could not be stored, too many wait already: {why}"
-            log.error(
-                "answers_refused", round_id=open_round.round.round_id, count=open_round.unstored, why=why
-            )
-            return reason
+            log.error("answers_refused", round_id=open_round.round.round_id, count=count, why=why)
+            if open_round.unstored or 2 * len(open_round.refused) > len(open_round.outcomes):
+                return f"{count} answers could not be stored, too many wait already: {why}"
         voters = [no for no in open_round.outcomes if by_no[no].trusted]
         silent = [by_no[no] for no in voters if open_round.outcomes[no] is AnswerStatus.TIMEOUT]
         if len(voters) < _SUSPECT_FROM or 2 * len(silent) <= len(voters):
@@ -415,18 +414,22 @@ class PredictLoop:
             detail=reply.detail,
             payload=reply.payload,
         )
-        self._store(open_round, [answer])
+        if not self._store(open_round, [answer]):
+            open_round.refused.add(model_no)
+            status = AnswerStatus.FAILED
+            detail = "the host could not store the answer"
+            lost = replace(answer, status=status, payload=None, detail=detail)
+            open_round.unstored += not self._store(open_round, [lost])
         open_round.outcomes[model_no] = status
         _note_first_round(participant, open_round)
         self._check_all_answered()
 
-    def _store(self, open_round: OpenRound, answers: list[Answer]) -> None:
-        """Have them written; where there is no room for them to wait, the round can't count."""
+    def _store(self, open_round: OpenRound, answers: list[Answer]) -> bool:
+        """Have them written; False where there is no room for them to wait."""
         size = sum(len(answer.payload or b"") + _ANSWER_BYTES for answer in answers)
         results = [(answer.status, answer.exec_time_us) for answer in answers]
         stored = partial(self._stored, open_round, results)
-        if not self._journal.append(repositories.add_answers, answers, then=stored, size=size):
-            open_round.unstored += len(answers)
+        return self._journal.append(repositories.add_answers, answers, then=stored, size=size)
 
     def _stored(self, open_round: OpenRound, answers: list[tuple[AnswerStatus, int]], new: int) -> None:
         after_s = self._clock.wall_s(self._clock.now() - (open_round.round.performed_at_ms or 0) / 1000)

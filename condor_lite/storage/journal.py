@@ -22,6 +22,7 @@ from condor_lite.storage.database import Database
 log = structlog.get_logger()
 
 _GROUP = 128  # entries a transaction: other writers get their turn in between
+_LARGEST_SHARE = 16  # an entry takes at most so small a part of the room that is left
 _RETRY_FIRST_S = 0.1
 _RETRY_MOST_S = 1.0
 
@@ -67,9 +68,10 @@ class Journal:
 
         `lost(error)` runs where it raised something that trying again won't cure, and was dropped. `size` is
         about how many bytes it keeps in memory; an entry that has one is refused (False) when the journal is
-        full, which is logged once for each time that it fills up.
+        full, which is logged once for each time that it fills up. It is full for large entries first, so that
+        a few of them leave room for all others.
         """
-        if size and self._waiting_bytes + size > self._max_bytes:
+        if size * _LARGEST_SHARE > self._max_bytes - self._waiting_bytes:
             if not self._full:
                 log.error(
                     "journal_full",
