@@ -21,6 +21,7 @@ from condor_lite.report.replies import Reply
 from condor_lite.storage import overview
 
 _MOST_MODELS = 1000
+_MOST_SHOWN = 250  # a browser gets the others when it searches for them, or sorts them to the top
 _POINTS = 32
 _DAY_S = 86400
 _LOOK_BACK_S = 7 * _DAY_S
@@ -69,6 +70,16 @@ class Spark:
 
 
 @dataclass(frozen=True, slots=True)
+class History:
+    """Stored scores, by model: of up to a week for the lines, and the ranks at `since_s`, a day ago."""
+
+    since_s: int | None
+    ranks: Mapping[Window, Mapping[int, int]]
+    times_s: Sequence[int]
+    scores: Mapping[int, Mapping[int, tuple[float | None, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
 class Line:
     """A model in the table. `climbed`: ranks since the stored leaderboard a day ago; None: it had none then.
 
@@ -82,9 +93,12 @@ class Line:
     new: bool
     gone: bool
     failing: str | None
-    spark: Spark | None
     answered: float | None
     median_us: int | None
+    past: History
+
+    def spark(self, window: Window) -> Spark | None:
+        return _spark(self.past, self.standing.model.model_no, list(Window).index(window))
 
     def value(self, sort: Sort, window: Window) -> str | float | None:
         """What the table is sorted by."""
@@ -108,16 +122,6 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class History:
-    """Stored scores, by model: of up to a week for the lines, and the ranks at `since_s`, a day ago."""
-
-    since_s: int | None
-    ranks: Mapping[Window, Mapping[int, int]]
-    times_s: Sequence[int]
-    scores: Mapping[int, Mapping[int, tuple[float | None, ...]]]
-
-
-@dataclass(frozen=True, slots=True)
 class NextRound:
     """The next question about a horizon."""
 
@@ -136,16 +140,10 @@ async def page(context: Context, sent: LeaderboardPageParams) -> Reply:
 
 
 async def _page(context: Context, made: ReadyMade, sent: LeaderboardPageParams) -> Reply:
-    live, readers, window = context.live, context.readers, sent.window
+    live, readers = context.live, context.readers
     now_s = live.clock.now()
-    standings = made.by_window[window][:_MOST_MODELS]
     past = await context.remembered("history", _LOOK_BACK_FOR_S, partial(_history, context, now_s))
     lately = await context.remembered("answering", _LOOK_BACK_FOR_S, partial(_answering, context, made))
-    most_rounds = max((standing.rounds for standing in standings), default=0)
-    lines = [
-        _line(standing, window, made, past, lately.get(standing.model.model_no), most_rounds)
-        for standing in standings
-    ]
     order = sent.order or (Order.ASC if sent.sort in _ASCENDING else Order.DESC)
     scored = any(standing.overall.recent is not None for standing in made.standings)
     last = await overview.last_result(readers)
@@ -153,13 +151,14 @@ async def _page(context: Context, made: ReadyMade, sent: LeaderboardPageParams) 
         context,
         "leaderboard.html",
         at="/",
-        window=window,
+        window=sent.window,
         windows=list(reversed(Window)),
         sort=sent.sort,
         order=order,
         q=sent.q,
-        lines=_chosen(lines, sent, order),
+        lines=await context.in_thread(_lines, made, sent, order, past, lately),
         models=len(made.standings),
+        most=_MOST_SHOWN,
         since_s=past.since_s,
         as_of_s=made.created_at_s if live.leaderboard else None,
         first_scores_s=None if scored else await _first_scores_s(context, now_s),
@@ -169,6 +168,36 @@ async def _page(context: Context, made: ReadyMade, sent: LeaderboardPageParams) 
         last_id=None if last is None else round_id(last),
         rule=live.config.scoring.rule,
     )
+
+
+def _lines(
+    made: ReadyMade,
+    sent: LeaderboardPageParams,
+    order: Order,
+    past: History,
+    lately: Mapping[int, Row],
+) -> list[Line]:
+    """The lines that are searched for, sorted; those without a value are last in either order."""
+    words = sent.q.strip().casefold()
+
+    def is_found(standing: Standing) -> bool:
+        info = standing.model.info
+        return words in f"{info.model_name} {info.cruncher_name} {info.model_id}".casefold()
+
+    standings = made.by_window[sent.window]
+    most_rounds = max((standing.rounds for standing in standings), default=0)
+    lines = [
+        _line(standing, sent.window, made, past, lately.get(standing.model.model_no), most_rounds)
+        for standing in standings
+        if is_found(standing)
+    ]
+    if sent.sort is Sort.RANK and order is Order.ASC:
+        return lines[:_MOST_SHOWN]  # benchmarks stand in their place
+    values = [(line.value(sent.sort, sent.window), line) for line in lines]
+    present = [(value, line) for value, line in values if value is not None]
+    present.sort(key=lambda pair: cast(Any, pair[0]), reverse=order is Order.DESC)
+    absent = [line for value, line in values if value is None]
+    return [*(line for _, line in present), *absent][:_MOST_SHOWN]
 
 
 def _line(
@@ -189,7 +218,7 @@ def _line(
         new=is_new(standing, made, most_rounds),
         gone=is_gone(model, made.created_at_s),
         failing=failing(lately),
-        spark=_spark(past, model.model_no, list(Window).index(window)),
+        past=past,
         answered=standing.answered / standing.rounds if standing.rounds else None,
         median_us=lately["median_us"] if lately is not None else None,
     )
@@ -205,24 +234,6 @@ def failing(lately: Row | None) -> str | None:
     if lately is None or 2 * lately["bad"] <= lately["newest"]:
         return None
     return str(lately["detail"])
-
-
-def _chosen(lines: Sequence[Line], sent: LeaderboardPageParams, order: Order) -> list[Line]:
-    """The lines that are searched for, sorted; those without a value are last in either order."""
-    words = sent.q.strip().casefold()
-
-    def fits(line: Line) -> bool:
-        info = line.standing.model.info
-        return words in f"{info.model_name} {info.cruncher_name} {info.model_id}".casefold()
-
-    found = [line for line in lines if fits(line)]
-    if sent.sort is Sort.RANK and order is Order.ASC:
-        return found  # benchmarks stand in their place
-    values = {id(line): line.value(sent.sort, sent.window) for line in found}
-    present = [line for line in found if values[id(line)] is not None]
-    absent = [line for line in found if values[id(line)] is None]
-    present.sort(key=lambda line: cast(Any, values[id(line)]), reverse=order is Order.DESC)
-    return present + absent
 
 
 async def _history(context: Context, now_s: float) -> History:

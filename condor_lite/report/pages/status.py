@@ -28,6 +28,7 @@ _SERVICES = {
     "score": "scores rounds when their horizon has passed",
     "rescore": "scores old rounds again when the host asks for it",
     "journal": "writes answers to the database",
+    "upkeep": "forgets what is old, and tidies the database",
     "report": "serves these pages and the API",
     "control": "takes the host's commands",
     "watchdog": "measures how late the event loop is",

@@ -85,7 +85,8 @@
     fetching = true;
     try {
       const address = new URL(location.href);
-      address.searchParams.delete("q"); // what is searched for is hidden here, not left out there
+      // What is not searched for is hidden here, not left out there.
+      if (document.querySelector("form[data-search]")) address.searchParams.delete("q");
       const answer = await fetch(address, { headers: { Accept: "text/html" }, cache: "no-cache" });
       if (!answer.ok) return;
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
