@@ -27,7 +27,7 @@ from condor_lite.report.live import Live
 from condor_lite.report.metrics import OPENMETRICS, TEXT
 from condor_lite.report.openapi import REASONS, Endpoint, document
 from condor_lite.report.pages import about, leaderboard, model, prices, round, rounds, status  # noqa: A004
-from condor_lite.report.pages.common import FOR_S, Page, show
+from condor_lite.report.pages.common import FOR_S, Page, compile_templates, show
 from condor_lite.report.params import BadParameter, NoParams
 from condor_lite.report.replies import Reply, pack, respond
 from condor_lite.report.stream import EVENT_STREAM, EventStream, TooManyReaders
@@ -111,6 +111,7 @@ _FAULT = ("internal error", "this is a fault of the program; the host's log has 
 
 def create_app(live: Live, readers: Readers) -> Starlette:
     """The whole report: the API and the pages. It reads; nothing that it is asked changes anything."""
+    compile_templates()
     context = Context(live, readers)
 
     async def http_failure(request: Request, error: Exception) -> Response:

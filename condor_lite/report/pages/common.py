@@ -59,6 +59,12 @@ async def show(
     )
 
 
+def compile_templates() -> None:
+    """Before the game runs: it keeps the interpreter to itself for up to 0.1 s a template, in any thread."""
+    for name in _templates.list_templates():
+        _templates.get_template(name)
+
+
 def render(
     live: Live, template: str, *, at: str = "", problems: Sequence[Problem] = (), **values: object
 ) -> bytes:

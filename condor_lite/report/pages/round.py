@@ -66,10 +66,14 @@ async def _page(context: Context, row: Row, wanted: Sequence[str]) -> Reply:
         move_bp=1e4 * (seen.end / seen.start - 1) if seen.start and seen.end else None,
         chosen=chosen,
         drawing=picture.drawing(row, seen, chosen),
-        lines=[_line(answer, places, is_scored) for answer in answers[:_MOST_LINES]],
+        lines=await context.in_thread(_lines, answers, places, is_scored),
         left_out=max(len(answers) - _MOST_LINES, 0),
         scores_after_s=context.live.clock.wall_s(config.scoring.settle_delay_s) + config.scoring.interval_s,
     )
+
+
+def _lines(answers: Sequence[Row], places: dict[str, int], is_scored: bool) -> list[Line]:
+    return [_line(answer, places, is_scored) for answer in answers[:_MOST_LINES]]
 
 
 def _line(answer: Row, places: dict[str, int], is_scored: bool) -> Line:
