@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
         of_one = actions.add_parser(action, help=what, description=what[0].upper() + what[1:] + ".")
         of_one.add_argument("model_id", metavar="ID")
     kinds = _add_export(verbs)
+    _add_backup(verbs)
     for verb in (*verbs.choices.values(), *actions.choices.values(), *kinds.choices.values()):
         # Understood after the verb, too.
         verb.add_argument("--config", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -122,6 +123,27 @@ def _add_rescore(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     instead.add_argument(
         "--forget", action="store_true", help="end a rescore without a switch, and delete what it has written"
     )
+
+
+def _add_backup(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    backup = verbs.add_parser(
+        "backup",
+        help="copy the game's database into a file, also while the game runs",
+        description="Copy the game's database into FILE, whether or not the game is running: as it is at one "
+        "moment, without unused space, checked, and on disk before it takes its name. The game is not held "
+        "up; its write-ahead log grows meanwhile by what it writes. Every few hours by itself: section "
+        "[backup] of the configuration.",
+    )
+    backup.add_argument("file", type=Path, metavar="FILE", help="a new file, in a folder made where needed")
+    backup.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+    restore = verbs.add_parser(
+        "restore",
+        help="put a backup in the place of the database, while the game does not run",
+        description="Put the backup FILE in the place of the game's database, after a check of the copy, in "
+        "one step. The database that was there is kept beside it, under a name that is told. The game, once "
+        "started, goes on from the backup: rounds since are recorded as missed, and none is held twice.",
+    )
+    restore.add_argument("file", type=Path, metavar="FILE", help="what backup wrote; it stays as it is")
 
 
 def _add_export(
@@ -352,6 +374,41 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _backup(arguments: argparse.Namespace) -> int:
+    import time
+
+    from condor_lite.export import Console
+    from condor_lite.storage.backup import back_up
+
+    database = _config(arguments).storage.path
+    console = Console(sys.stderr, "MB", 10**6)
+    started_s = time.monotonic()
+    try:
+        size_bytes = back_up(database, arguments.file, overwrite=arguments.overwrite, tell=console.show)
+    finally:
+        console.end()
+    took_s = time.monotonic() - started_s
+    print(f"wrote {arguments.file}: {size_bytes / 1e6:.1f} MB in {took_s:.1f} s, checked")
+    return 0
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    from condor_lite.export import Console
+    from condor_lite.storage.backup import restore
+
+    database = _config(arguments).storage.path
+    console = Console(sys.stderr, "MB", 10**6)
+    try:
+        restored = restore(arguments.file, database, tell=console.show)
+    finally:
+        console.end()
+    print(f"restored {database}: {restored.size_bytes / 1e6:.1f} MB, checked")
+    if restored.former is not None:
+        print(f"the database that was there is now {restored.former}; delete it when you do not need it")
+    print("Now start the game.")
+    return 0
+
+
 _VERBS = {
     "check": _check,
     "init": _init,
@@ -359,4 +416,6 @@ _VERBS = {
     "rescore": _rescore,
     "models": _models,
     "export": _export,
+    "backup": _backup,
+    "restore": _restore,
 }

@@ -16,6 +16,7 @@ from condor_lite.config_sections import (
     LIVE_SOURCES,
     LIVE_TICK_S,
     SECTIONS,
+    BackupConfig,
     Config,
     FeedConfig,
     GameConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "DEMO",
     "FILE_NAME",
     "SECTIONS",
+    "BackupConfig",
     "Config",
     "FeedConfig",
     "GameConfig",
@@ -93,6 +95,7 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
     )
     orchestrator = OrchestratorConfig(**given["orchestrator"])
     storage = StorageConfig(**given["storage"])
+    backup = BackupConfig(**given["backup"])
     settings = read_settings(document, _tick_s(document, feed))
     config = Config(
         game=GameConfig(settings, **given["game"]),
@@ -101,6 +104,7 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
         predict=PredictConfig(**given["predict"]),
         scoring=scoring,
         storage=replace(storage, path=document.base / storage.path),
+        backup=replace(backup, path=document.base / backup.path),
         report=ReportConfig(**given["report"]),
         log=LogConfig(**given["log"]),
     )

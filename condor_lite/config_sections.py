@@ -307,6 +307,23 @@ class StorageConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class BackupConfig:
+    every_s: int = documented(
+        duration(0),
+        '`"6h"`: make a backup so often while the game runs, in a process of its own; 0: never. On the '
+        "wall's time",
+        default=0,
+        shown="0",
+    )
+    keep: int = documented(
+        integer(1, 100_000), "so many of them stay, and the oldest goes when a new one is there", default=8
+    )
+    path: Path = documented(
+        path(), "the folder where they go, better one on another disk", default=Path("backups")
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ReportConfig:
     host: str = documented(host(), "where the API and the dashboard listen", default="127.0.0.1")
     port: int = documented(integer(0, 65535), "0 = any free one, printed at start", default=8000)
@@ -338,6 +355,7 @@ class Config:
     predict: PredictConfig
     scoring: ScoringConfig
     storage: StorageConfig
+    backup: BackupConfig
     report: ReportConfig
     log: LogConfig
 
@@ -349,6 +367,7 @@ SECTIONS: dict[str, type[Any]] = {
     "predict": PredictConfig,
     "scoring": ScoringConfig,
     "storage": StorageConfig,
+    "backup": BackupConfig,
     "report": ReportConfig,
     "log": LogConfig,
 }

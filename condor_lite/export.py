@@ -157,17 +157,20 @@ def _replacing(path: Path) -> Iterator[TextIO]:
 
 
 class Console:
-    """Shows on a terminal how far it is; anything else gets only the result."""
+    """Shows on a terminal how far it is; anything else gets only the result. `of` = 0: nobody knows."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO, unit: str = "rows", size: int = 1) -> None:
         self._out = out
+        self._unit = unit
+        self._size = size
         self._next_s = time.monotonic() + _EVERY_S
         self._width = 0
 
-    def show(self, what: str, of: int, rows: int) -> None:
+    def show(self, what: str, of: int, done: int) -> None:
         if self._out.isatty() and time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + _EVERY_S
-            text = f"{what}  {rows / of:5.1%}  {rows} of {of} rows"
+            done, of = done // self._size, of // self._size
+            text = f"{what}  {done / of:5.1%}  {done} of {of} {self._unit}" if of else f"{what} ..."
             self._out.write("\r" + text.ljust(self._width))
             self._out.flush()
             self._width = len(text)

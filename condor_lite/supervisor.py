@@ -14,6 +14,7 @@ import structlog
 from anyio.abc import TaskGroup, TaskStatus
 
 from condor_lite import __version__, stopping
+from condor_lite.backup import Backups
 from condor_lite.clock import Clock, GameClock
 from condor_lite.config import Config
 from condor_lite.control import Control
@@ -345,6 +346,9 @@ async def _start(
         Service("report", game.web.run, news.tell),
         Service("watchdog", game.watchdog.run, news.tell),
     ]
+    if config.backup.every_s:
+        backups = Backups(config.backup, db.path, GameClock())  # on the wall's time
+        started.append(Service("backup", backups.run, news.tell))
     for service in started:
         tasks.start_soon(service.serve, name=service.name)
     game.services = [*started[:3], *models, *started[3:]]  # in the order in which they are stopped

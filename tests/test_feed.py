@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 
 from condor_lite.clock import SteppedClock
 from condor_lite.config import (
+    BackupConfig,
     Config,
     FeedConfig,
     GameConfig,
@@ -54,6 +55,7 @@ def configure(*assets: str, horizon_s: int = HOUR_S, **feed: object) -> Config:
         PredictConfig(),
         ScoringConfig(),
         StorageConfig(),
+        BackupConfig(),
         ReportConfig(),
         LogConfig(),
     )

@@ -19,6 +19,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from condor_lite.config import (
+    BackupConfig,
     Config,
     FeedConfig,
     GameConfig,
@@ -48,6 +49,7 @@ def config_in(tmp_path, **orchestrator):
         PredictConfig(),
         ScoringConfig(),
         StorageConfig(),
+        BackupConfig(),
         ReportConfig(),
         LogConfig(),
     )

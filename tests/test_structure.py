@@ -29,6 +29,7 @@ HOUSE = [
         "score",
         "rescore",
         "upkeep",
+        "backup",
     ),
     *("explain", "sums", "roster", "table", "control", "progress", "export", "report"),
     *("check", "scaffold", "supervisor", "cli", "__main__"),
