@@ -18,6 +18,7 @@ import pytest
 from condor_lite import check as checking
 from condor_lite.check import check, obstacles
 from condor_lite.config import Config, load
+from condor_lite.errors import ConfigError
 from condor_lite.storage.connection import BUSY_TIMEOUT_S, connect_writer
 from condor_lite.storage.lock import GameLock
 from condor_lite.storage.schema import MIGRATIONS
@@ -317,8 +318,8 @@ def test_a_live_feed_that_can_not_work_is_told_without_asking_it(read: Callable[
     (problem,) = check(read(FEED__SOURCE="pyth"))
     assert problem.startswith("feed.api_key: must be set")
     assert check(read(FEED__SOURCE="pyth", FEED__API_KEY="k")) == []
-    (problem,) = check(read(FEED__SOURCE="coinbase", FEED__TICK="30s"))
-    assert problem.startswith('feed.tick = "30s": coinbase gives one price a minute')
+    with pytest.raises(ConfigError, match=r'feed.tick = "30s": coinbase gives one price a minute'):
+        read(FEED__SOURCE="coinbase", FEED__TICK="30s")
     (problem,) = check(read(FEED__SOURCE="no_such_module:feed"))
     assert "there is no module no_such_module" in problem
 

@@ -138,6 +138,12 @@ class Orchestrator:
                         await self._follow_folders(tasks, settings)
                 finally:
                     self._models.clear()
+                    with contextlib.suppress(OSError):  # a process that would not end still holds its folder
+                        self._temp_dir.rmdir()
+
+    @property
+    def _temp_dir(self) -> Path:
+        return self._log_dir.with_name("models-tmp")
 
     def _bind(self) -> socket.socket:
         host = self._config.orchestrator.host
@@ -159,7 +165,7 @@ class Orchestrator:
     def _check_folders(self) -> None:
         try:
             self._log_dir.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self._log_dir.with_name("models-tmp"), ignore_errors=True)  # after a crash
+            shutil.rmtree(self._temp_dir, ignore_errors=True)  # after a crash
             self._watch.scan()
         except OSError as error:
             raise StartError(f"{error.filename}: {error.strerror}; the models need it") from None
