@@ -296,7 +296,7 @@ async def test_a_name_is_no_formula_in_a_spreadsheet(fresh: Game) -> None:
 async def test_the_status_page_shows_every_part(game: Game) -> None:
     text = plain(await page(game, "/status"))
 
-    for part in ("predict running 61 s", "Worst in a minute 10.0 ms", "Models connected 2 of 4"):
+    for part in ("predict running 61 s", "Worst in a minute 10.0 ms", "Connected 2 of 4"):
         assert part in text
     assert re.search(r"condor\.db [\d.]+ [KM]B", text)
     assert re.search(r"BTC fresh 101\.500 5 s ago synthetic 10 complete", text)
