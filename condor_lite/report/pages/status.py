@@ -29,6 +29,7 @@ _SERVICES = {
     "rescore": "scores old rounds again when the host asks for it",
     "journal": "writes answers to the database",
     "upkeep": "forgets what is old, and tidies the database",
+    "backup": "copies the database every few hours, where the host wants that",
     "report": "serves these pages and the API",
     "control": "takes the host's commands",
     "watchdog": "measures how late the event loop is",
