@@ -162,12 +162,36 @@ def _add_export(
         description="Write <ASSET>.csv with the columns timestamp (epoch seconds) and close, every digit of "
         'it, for each asset. With feed.source = "replay", feed.path = DIR, and game.start where the game '
         "to be played again started, they are played as they were recorded.",
-        epilog="TIME is an ISO time, or how long before the game's newest round. Both ends are included.",
     )
     prices.add_argument("directory", type=Path, metavar="DIR", help="a folder, made where there is none")
-    prices.add_argument("--since", metavar="TIME", help="(default: as far back as prices are stored)")
-    prices.add_argument("--until", metavar="TIME", help="(default: to the newest)")
-    prices.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+    for kind, what in (
+        ("leaderboard", "the leaderboards that were kept, a row a model and time"),
+        ("scores", "the scores that count, a row a round and model, also of absent ones"),
+        ("predictions", "who was asked in each round and what came of it, with --payloads the densities"),
+    ):
+        of_kind = kinds.add_parser(kind, help=what, description=what[0].upper() + what[1:] + ".")
+        of_kind.add_argument("file", type=Path, metavar="FILE", help="a new file")
+        of_kind.add_argument(
+            "--model", action="append", default=[], metavar="ID", help="only of this model; may be repeated"
+        )
+    kinds.choices["predictions"].add_argument(
+        "--payloads", action="store_true", help="also the densities, as sent and as far as they are kept"
+    )
+    for kind, of_kind in kinds.choices.items():
+        if kind != "leaderboard":
+            of_kind.add_argument(
+                "--asset", action="append", default=[], help="only of this asset; may be repeated"
+            )
+        of_kind.add_argument("--since", metavar="TIME", help="(default: as far back as rows are stored)")
+        of_kind.add_argument("--until", metavar="TIME", help="(default: to the newest)")
+        of_kind.add_argument(
+            "--format",
+            choices=("csv", "jsonl", "parquet"),
+            default="csv",
+            help="CSV, JSON lines, or Parquet, which needs the extra condor-lite[parquet] (default: csv)",
+        )
+        of_kind.add_argument("--overwrite", action="store_true", help="replace what is there already")
+        of_kind.epilog = "TIME is an ISO time, or how long before the game's newest round. Both are included."
     return kinds
 
 
@@ -355,15 +379,25 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from condor_lite import export
     from condor_lite.storage.database import open_read_only
+    from condor_lite.storage.exports import Wanted
 
     config = _config(arguments)
     console = export.Console(sys.stderr)
     with closing(open_read_only(config.storage.path)) as connection:
         try:
-            written = export.prices(
+            since_s, until_s = export.read_range(connection, arguments.since, arguments.until)
+            written = export.export(
                 connection,
-                arguments.directory,
-                *export.read_range(connection, arguments.since, arguments.until),
+                arguments.kind,
+                arguments.directory if arguments.kind == "prices" else arguments.file,
+                Wanted(
+                    since_s,
+                    until_s,
+                    tuple(getattr(arguments, "asset", ())),
+                    tuple(getattr(arguments, "model", ())),
+                    getattr(arguments, "payloads", False),
+                ),
+                format_=arguments.format,
                 overwrite=arguments.overwrite,
                 tell=console.show,
             )

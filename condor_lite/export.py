@@ -1,6 +1,7 @@
 """`condor-lite export`: what is stored, as files that other programs and `feed.source = "replay"` read.
 
-Works beside a running game: it reads one snapshot of the file, a row at a time.
+Works beside a running game: it reads one snapshot of the file, some thousand rows at a time. Meanwhile the
+write-ahead log grows by what the game writes.
 """
 
 from __future__ import annotations
@@ -13,28 +14,33 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from condor_lite.config_values import WrongValueError, read_when
-from condor_lite.errors import CondorError
+from condor_lite.formats import FORMATS, ExportError
 from condor_lite.storage import exports, repositories
+from condor_lite.storage.exports import Row, Table, Wanted
 
-_CHUNK = 10_000  # rows between two looks at the progress
+_GROUP_ROWS = 10_000  # between two looks at the progress
+_GROUP_CHARACTERS = 16 * 2**20
 _EVERY_S = 0.5
 
 Told = Callable[[str, int, int], None]
 """Called with what is being written, how many rows it will have, and how many it has."""
 
 
+KINDS: dict[str, Callable[[sqlite3.Connection, Wanted], list[Table]]] = {
+    "prices": exports.prices,
+    "leaderboard": exports.leaderboard,
+    "scores": exports.scores,
+    "predictions": exports.predictions,
+}
+_NAMES = {kind: kind for kind in KINDS} | {"leaderboard": "standings"}
+
+
 def nobody(what: str, of: int, rows: int) -> None:
     """For exports that nobody watches."""
-
-
-class ExportError(CondorError):
-    """What was asked for can't be exported; the message says why, and nothing was left behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,42 +48,43 @@ class Written:
     """One finished file. `changes`: how often the prices go from one source over to another."""
 
     path: Path
+    what: str
     rows: int
     first_s: int
     last_s: int
     changes: int
 
 
-def prices(
+def export(
     conn: sqlite3.Connection,
-    folder: Path,
-    since_s: float,
-    until_s: float,
+    kind: str,
+    place: Path,
+    wanted: Wanted,
     *,
+    format_: str = "csv",
     overwrite: bool = False,
     tell: Told = nobody,
 ) -> list[Written]:
-    """Write `<ASSET>.csv` with `timestamp,close` for each asset's prices with `since_s <= ts <= until_s`.
+    """Write the rows of one of `KINDS` to the file `place`; prices to `<ASSET>.<format>` in that folder.
 
-    Times are epoch seconds; a price has all its digits, so that a replay is exact. All files take their names
-    at the end, when the last one is whole: whoever reads meanwhile finds the old ones, or none. Raises
-    ExportError where there are no prices, where a file is there already and `overwrite` is not asked for, and
-    where it can't be written.
+    All files take their names at the end, when the last one is whole: whoever reads meanwhile finds the old
+    ones, or none. Raises ExportError where nothing is stored that is wanted, where a file is there already
+    and `overwrite` is not asked for, and where it can't be written.
     """
-    conn.execute("BEGIN")  # one snapshot for all assets
+    if kind != "prices" and place.suffix[1:] in FORMATS.keys() - {format_}:
+        raise ExportError(f"{place} would hold {format_}; say --format {place.suffix[1:]}, or rename it")
+    conn.execute("BEGIN")  # one snapshot for all of it
     try:
-        counts = exports.price_counts(conn, since_s, until_s)
-        if not counts:
-            raise ExportError("no prices are stored in that range")
-        paths = {asset: folder / f"{asset}.csv" for asset in counts}
-        _refuse_existing(paths.values(), overwrite)
+        tables = KINDS[kind](conn, wanted)
+        if not tables:
+            raise ExportError(f"no {_NAMES[kind]} are stored in that range, of what was asked for")
+        paths = [place / f"{table.name}.{format_}" if kind == "prices" else place for table in tables]
+        _refuse_existing(paths, overwrite)
         with ExitStack() as files:
-            written = []
-            for asset, path in paths.items():
-                rows = exports.prices(conn, asset, since_s, until_s)
-                told = partial(tell, asset, counts[asset])
-                written.append(_write_prices(files.enter_context(_replacing(path)), path, rows, told))
-            return written
+            return [
+                _write(files.enter_context(_replacing(path)), path, table, kind, format_, tell)
+                for table, path in zip(tables, paths, strict=True)
+            ]
     finally:
         conn.execute("ROLLBACK")
 
@@ -101,7 +108,7 @@ def read_range(conn: sqlite3.Connection, since: str | None, until: str | None) -
 def lines(written: Iterable[Written]) -> Iterator[str]:
     """What was written, and what a replay of it can't show, for the console."""
     for one in written:
-        yield f"wrote {one.path}: {one.rows} prices, {_time(one.first_s)} to {_time(one.last_s)} UTC"
+        yield f"wrote {one.path}: {one.rows} {one.what}, {_time(one.first_s)} to {_time(one.last_s)} UTC"
         if one.changes:
             yield (
                 f"  its source changes {one.changes} times; a replay is of one source, and scores the moves "
@@ -113,22 +120,32 @@ def _time(ts_s: int) -> str:
     return datetime.fromtimestamp(ts_s, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _write_prices(
-    file: TextIO, path: Path, rows: Iterator[tuple[int, float, str]], tell: Callable[[int], None]
-) -> Written:
-    file.write("timestamp,close\n")
-    count = changes = first_s = last_s = 0
-    source: str | None = None
-    while chunk := list(islice(rows, _CHUNK)):
-        first_s = first_s or chunk[0][0]
-        last_s = chunk[-1][0]
-        for _, _, its_source in chunk:
-            changes += source is not None and its_source != source
-            source = its_source
-        file.write("".join(f"{ts_s},{price!r}\n" for ts_s, price, _ in chunk))
-        count += len(chunk)
-        tell(count)
-    return Written(path, count, first_s, last_s, changes)
+def _write(file: BinaryIO, path: Path, table: Table, kind: str, format_: str, tell: Told) -> Written:
+    writer = FORMATS[format_](file, table.columns)
+    count = first_s = last_s = 0
+    for group in _groups(table.rows()):
+        if not count:
+            first_s = group[0][table.time]
+        last_s = group[-1][table.time]
+        writer.write(group)
+        count += len(group)
+        tell(table.name, table.count, count)
+    writer.close()
+    return Written(path, _NAMES[kind], count, first_s, last_s, table.changes)
+
+
+def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """As many rows at a time as memory takes: payloads can be long."""
+    group: list[Row] = []
+    characters = 0
+    for row in rows:
+        group.append(row)
+        characters += len(row[-1]) if isinstance(row[-1], str) else 0
+        if len(group) == _GROUP_ROWS or characters > _GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def _refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
@@ -139,12 +156,12 @@ def _refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file under a temporary name that becomes `path` in the end, or vanishes where anything fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

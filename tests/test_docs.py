@@ -11,6 +11,7 @@ from condor_lite.config_sections import LIVE_SOURCES, SIMULATED_SOURCES
 from condor_lite.prices.sources import LIVE
 from condor_lite.report.api import ENDPOINTS, PAGES
 from condor_lite.report.events import EVENTS
+from condor_lite.storage import exports
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,3 +50,16 @@ def test_every_source_is_in_the_readme_and_the_other_way_round() -> None:
         re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)[1:]))
     )
     assert listed == set(SIMULATED_SOURCES + LIVE_SOURCES) == {*SIMULATED_SOURCES, *LIVE}
+
+
+def test_every_column_of_an_export_is_in_the_readme() -> None:
+    about = README.split("### Exports")[1].split("\n## ")[0]
+    for kind, selected in (
+        ("prices", exports._PRICE),
+        ("leaderboard", exports._STANDING),
+        ("scores", exports._SCORE),
+        ("predictions", (*exports._PREDICTION, exports._DENSITIES)),
+    ):
+        row = next(line for line in about.splitlines() if line.startswith(f"| `{kind}` |"))
+        listed = re.findall(r"`(\w+)`", row.split("|")[3])
+        assert listed == [column.name for column, _ in selected]

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import csv
+import math
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
+from pyarrow import parquet
 
 from condor_lite import cli, stopping, supervisor
 from condor_lite import config as configuration
+from condor_lite import export as exporting
 from condor_lite.clock import SteppedClock
 from condor_lite.config import Config
-from condor_lite.export import ExportError, Written, lines, prices, read_range
-from condor_lite.game.entities import Round
+from condor_lite.export import ExportError, Written, export, lines, read_range
+from condor_lite.game.entities import (
+    Answer,
+    AnswerStatus,
+    ModelInfo,
+    ModelScore,
+    Round,
+    RoundScores,
+    RoundStatus,
+)
 from condor_lite.prices.replay import read_recording
-from condor_lite.storage import repositories
+from condor_lite.storage import repositories, scores
 from condor_lite.storage.database import Database, open_read_only
+from condor_lite.storage.exports import Wanted
 from condor_lite.supervisor import Game, playing
 from tests.exchange import Exchange, walk
 from tests.fleet import ModelServer, Orchestrator
@@ -131,7 +147,7 @@ async def test_a_recorded_live_hour_played_again_gives_the_same_rounds_and_score
         live = configuration.load(tmp_path / "live" / "config.toml", {})
         recording = tmp_path / "recording"
 
-        async def export() -> None:
+        async def record() -> None:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "condor_lite", "export", "prices", str(recording)),
                 *("--config", str(tmp_path / "live" / "config.toml")),
@@ -143,7 +159,7 @@ async def test_a_recorded_live_hour_played_again_gives_the_same_rounds_and_score
 
         with monkeypatch.context() as patch:
             patch.setattr(supervisor, "make_sources", lambda config: [exchange])
-            await play(live, clock, 2, export)
+            await play(live, clock, 2, record)
 
         text = CONFIG.format(port=orchestrator.port).replace(
             "[feed]", f'[feed]\nsource = "replay"\npath = "{recording}"'
@@ -152,11 +168,11 @@ async def test_a_recorded_live_hour_played_again_gives_the_same_rounds_and_score
         again = configuration.load(tmp_path / "again" / "config.toml", {})
         await play(again, SteppedClock(START_S - 30), 2)
 
-    rounds, scores = books(live.storage.path)
+    rounds, its_scores = books(live.storage.path)
     assert len(rounds) == 60
     assert {row[2] for row in rounds} == {"scored"}
-    assert len(scores) == 120
-    assert (rounds, scores) == books(again.storage.path)
+    assert len(its_scores) == 120
+    assert (rounds, its_scores) == books(again.storage.path)
 
 
 # The files
@@ -180,7 +196,7 @@ def some(count: int, seed: int = 0) -> Points:
 
 
 def everything(conn: sqlite3.Connection, folder: Path, **options: Any) -> list[Written]:
-    return prices(conn, folder, *read_range(conn, None, None), **options)
+    return export(conn, "prices", folder, Wanted(*read_range(conn, None, None)), **options)
 
 
 async def test_every_digit_comes_back(tmp_path: Path) -> None:
@@ -191,7 +207,7 @@ async def test_every_digit_comes_back(tmp_path: Path) -> None:
     async with stored(tmp_path, BTC=points) as conn:
         (written,) = everything(conn, tmp_path / "new" / "folder")
     assert written == Written(
-        tmp_path / "new" / "folder" / "BTC.csv", 200, points[0][0], points[-1][0], changes=0
+        tmp_path / "new" / "folder" / "BTC.csv", "prices", 200, points[0][0], points[-1][0], changes=0
     )
     recording = read_recording(written.path, 60)
     assert list(zip(recording.ts_s.tolist(), recording.price.tolist(), strict=True)) == points
@@ -200,7 +216,9 @@ async def test_every_digit_comes_back(tmp_path: Path) -> None:
 
 async def test_a_range_includes_both_its_ends(tmp_path: Path) -> None:
     async with stored(tmp_path, BTC=some(100), ETH=some(10)) as conn:
-        (written,) = prices(conn, tmp_path, *read_range(conn, "2023-11-14T23:20", "2023-11-14T23:30"))
+        (written,) = export(
+            conn, "prices", tmp_path, Wanted(*read_range(conn, "2023-11-14T23:20", "2023-11-14T23:30"))
+        )
     assert (written.path.name, written.rows) == ("BTC.csv", 11)
     assert written.path.read_text().count("\n") == 12
 
@@ -298,3 +316,230 @@ async def test_the_command_says_what_it_wrote_or_why_not(
     assert cli.main([*command, "--since", "soon", "--overwrite"]) == 2
     assert "--since 'soon': must be a time" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite"]) == 0
+
+
+# Scores, predictions, leaderboards
+
+
+PAYLOAD = b'[{"step": 60, "prediction": {"name": "norm", "params": {"loc": 0, "scale": 0.001}}}]'
+ODD_NAME = 'of "many", kinds\nand = lines; \u00fc'
+
+
+async def play_by_hand(db: Database, rounds: int = 3) -> None:
+    """Rounds every minute: one valid answer, one failed, one model absent; all but the last are scored."""
+
+    def fill(conn: sqlite3.Connection) -> None:
+        names = {"a": ODD_NAME, "b": "plain", "c": "absent"}
+        models = [
+            repositories.upsert_model(conn, ModelInfo(model_id, name, "1", "one", "d"), START_S).model_no
+            for model_id, name in names.items()
+        ]
+        version = scores.current_scorer(conn, "crps", "log_return", "x", START_S)
+        for place in range(rounds):
+            at_s = START_S + 60 * place
+            asset = ("BTC", "ETH")[place % 2]
+            opened = Round(asset, 60, 60, at_s, performed_at_ms=at_s * 1000 + 5)
+            (round_no,) = repositories.open_rounds(conn, [opened])
+            assert round_no is not None
+            came_ms = at_s * 1000 + 123
+            answers = [
+                Answer(round_no, models[0], AnswerStatus.SUCCESS, came_ms, 1500, payload=PAYLOAD),
+                Answer(round_no, models[1], AnswerStatus.FAILED, came_ms, 10, detail="model raised, oh"),
+            ]
+            repositories.add_answers(conn, answers)
+            repositories.close_round(conn, round_no, RoundStatus.CLOSED, None, models[2:])
+            if place < rounds - 1:
+                result = {
+                    models[0]: ModelScore(0.1 + 0.2, 0.1 + 0.2, 1.5),
+                    models[1]: ModelScore(None, 2.0, -3.0),
+                    models[2]: ModelScore(None, 2.0, -3.0),
+                }
+                scores.save_round_scores(conn, round_no, version, RoundScores(0.4, 0.5, result), 1, came_ms)
+            conn.executemany(
+                "INSERT INTO leaderboard VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [(at_s, model_no, version, model_no, 1.0 / model_no, None, None) for model_no in models],
+            )
+
+    await db.write(fill)
+
+
+def read_back(path: Path) -> list[dict[str, Any]]:
+    """A file's rows; of CSV all values are text."""
+    if path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    if path.suffix == ".jsonl":
+        return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    return list(parquet.read_table(path).to_pylist())
+
+
+def names(folder: Path, part: str) -> list[str]:
+    return [path.name for path in folder.iterdir() if part in path.name]
+
+
+def as_shown(suffix: str, column: str, value: Any) -> Any:
+    """What a stored value is in a file."""
+    if isinstance(value, int) and column.endswith("_at"):
+        unit = 1000 if column in ("received_at", "scored_at") else 1
+        at = datetime.fromtimestamp(value / unit, UTC)
+        value = at if suffix == "parquet" else f"{at:%Y-%m-%dT%H:%M:%S}" + (".123Z" if unit > 1 else "Z")
+    if suffix == "csv":
+        return "" if value is None else str(value)
+    return value
+
+
+ROUND = "asset || '-60-60-' || scheduled_at_s AS round_id, asset, 60 AS horizon, 60 AS step, scheduled_at_s"
+STORED = {
+    "predictions": f"""
+        SELECT {ROUND} AS scheduled_at, model_id, prediction.status, prediction.detail, scorer_version,
+               received_at_ms AS received_at, exec_time_us, raw AS raw_score, score
+        FROM prediction JOIN round USING (round_no) JOIN model USING (model_no)
+        LEFT JOIN score USING (round_no, model_no) ORDER BY scheduled_at_s, model_no""",
+    "scores": f"""
+        SELECT {ROUND} AS scheduled_at, model_id, resolvable_at_s AS resolvable_at, scored_at_ms AS scored_at,
+               scorer_version, median, no_move, resolved, raw AS raw_score, counted AS counted_score, score,
+               score.detail
+        FROM score JOIN round USING (round_no) JOIN model USING (model_no)
+        JOIN round_score USING (round_no, scorer_version) ORDER BY scheduled_at_s, model_no""",
+    "leaderboard": """
+        SELECT created_at_s AS created_at, rank, model_id, model_name, cruncher_name, score_recent,
+               score_steady, score_anchor, scorer_version
+        FROM leaderboard JOIN model USING (model_no) ORDER BY created_at_s, model_no""",
+    "prices": "SELECT ts_s AS timestamp, price AS close FROM price WHERE asset = 'BTC' ORDER BY ts_s",
+}
+
+
+@asynccontextmanager
+async def played(folder: Path, rounds: int = 3) -> AsyncIterator[sqlite3.Connection]:
+    async with Database(folder / "game.db") as db:
+        await db.write(repositories.add_prices, "BTC", some(30), "test", 0)
+        await play_by_hand(db, rounds)
+        with closing(open_read_only(db.path)) as conn:
+            yield conn
+
+
+ALL = Wanted(-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+async def test_each_format_holds_what_is_stored(tmp_path: Path, kind: str, suffix: str) -> None:
+    place = tmp_path / ("out" if kind == "prices" else f"out.{suffix}")
+    async with played(tmp_path) as conn:
+        (written,) = export(conn, kind, place, ALL, format_=suffix)
+        conn.row_factory = sqlite3.Row
+        expected = [
+            {column: as_shown(suffix, column, row[column]) for column in row.keys()}  # noqa: SIM118
+            for row in conn.execute(STORED[kind])
+        ]
+    assert expected
+    assert read_back(written.path) == expected
+    assert list(read_back(written.path)[0]) == list(expected[0])
+    assert written.rows == len(expected)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+async def test_payloads_come_as_they_were_sent(tmp_path: Path, suffix: str) -> None:
+    async with played(tmp_path) as conn:
+        path = tmp_path / f"out.{suffix}"
+        export(conn, "predictions", path, replace(ALL, payloads=True), format_=suffix)
+    rows = read_back(path)
+    assert [row["densities"] for row in rows] == [PAYLOAD.decode(), "" if suffix == "csv" else None] * 3
+
+
+async def test_an_export_can_be_of_some_times_assets_and_models(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+
+    def rows(kind: str, **wanted: Any) -> list[tuple[str, ...]]:
+        export(conn, kind, out, replace(ALL, **wanted), overwrite=True)
+        return [(row["asset"], row["scheduled_at"][14:16], row["model_id"]) for row in read_back(out)]
+
+    async with played(tmp_path) as conn:
+        assert rows("predictions", models=("b",), assets=("BTC",)) == [("BTC", "00", "b"), ("BTC", "02", "b")]
+        assert rows("predictions", since_s=START_S + 60, until_s=START_S + 60) == [
+            ("ETH", "01", "a"),
+            ("ETH", "01", "b"),
+        ]
+        assert rows("scores", models=("a", "c"), assets=("ETH", "XAU")) == [
+            ("ETH", "01", "a"),
+            ("ETH", "01", "c"),
+        ]
+        with pytest.raises(ExportError, match=r"no scores are stored in that range, of what was asked for"):
+            rows("scores", assets=("XAU",))
+        with pytest.raises(ExportError, match=r"no standings are stored"):
+            rows("leaderboard", models=("nobody",))
+        assert [one.path.name for one in export(conn, "prices", tmp_path, replace(ALL, assets=("BTC",)))] == [
+            "BTC.csv"
+        ]
+
+
+async def test_only_the_scores_that_count_are_exported(tmp_path: Path) -> None:
+    async with played(tmp_path) as conn:
+        with closing(sqlite3.connect(tmp_path / "game.db")) as db:
+            for version, published in ((2, 1), (3, 0)):
+                db.execute(
+                    "INSERT INTO scorer VALUES (?, 'log', 'log_return', 'y', 0, NULL, ?)",
+                    (version, published),
+                )
+                db.execute("INSERT INTO round_score VALUES (1, ?, 1.0, 1.0, 1, 0, NULL)", (version,))
+                db.execute("INSERT INTO score VALUES (1, ?, 1, NULL, 9.0, 9.0, 'too wide')", (version,))
+            db.commit()
+        for kind in ("scores", "predictions"):
+            export(conn, kind, tmp_path / f"{kind}.jsonl", ALL, format_="jsonl")
+    rescored = [row for row in read_back(tmp_path / "scores.jsonl") if row["round_id"].endswith(str(START_S))]
+    assert [(row["scorer_version"], row["model_id"], row["score"]) for row in rescored] == [(2, "a", 9.0)]
+    first = read_back(tmp_path / "predictions.jsonl")[0]
+    assert (first["status"], first["detail"], first["scorer_version"]) == ("FAILED", "too wide", 2)
+
+
+async def test_rows_are_sorted_by_an_index_and_not_in_memory(tmp_path: Path) -> None:
+    async with played(tmp_path) as conn:
+        asked: list[str] = []
+        conn.set_trace_callback(asked.append)
+        for kind in STORED:
+            export(conn, kind, tmp_path / f"{kind}.csv", Wanted(0, 2**40, payloads=True))
+        conn.set_trace_callback(None)
+        queries = [sql for sql in asked if "ORDER BY" in sql and "count(*)" not in sql]
+        assert len(queries) == 4
+        for sql in queries:
+            plan = [row[3] for row in conn.execute(f"EXPLAIN QUERY PLAN {sql}")]
+            assert not [step for step in plan if "TEMP B-TREE" in step], plan
+
+
+async def test_long_payloads_are_written_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "_GROUP_CHARACTERS", 3 * len(PAYLOAD))
+    async with played(tmp_path, rounds=20) as conn:
+        path = tmp_path / "out.parquet"
+        export(conn, "predictions", path, replace(ALL, payloads=True), format_="parquet")
+    with parquet.ParquetFile(path) as file:
+        assert file.num_row_groups > 3
+        assert file.metadata.num_rows == 40
+
+
+async def test_parquet_without_pyarrow_and_a_name_that_misleads_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with played(tmp_path) as conn:
+        with pytest.raises(ExportError, match=r"out.parquet would hold csv; say --format parquet"):
+            export(conn, "scores", tmp_path / "out.parquet", ALL)
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(ExportError, match=r"pip install 'condor-lite\[parquet\]'"):
+            export(conn, "scores", tmp_path / "out.parquet", ALL, format_="parquet")
+    assert not names(tmp_path, "out")
+
+
+async def test_the_command_exports_what_its_options_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "restore", lambda: None)
+    (tmp_path / "config.toml").write_text(
+        CONFIG.format(port=1) + f'[storage]\npath = "{tmp_path / "game.db"}"\n'
+    )
+    out = tmp_path / "out.jsonl"
+    options = ["--format", "jsonl", "--config", str(tmp_path / "config.toml"), "--since", "1m"]
+    async with played(tmp_path):
+        assert cli.main(["export", "predictions", str(out), "--payloads", "--model", "a", *options]) == 0
+    assert f"wrote {out}: 2 predictions, " in capsys.readouterr().out
+    assert [row["densities"] for row in read_back(out)] == [PAYLOAD.decode()] * 2

@@ -31,7 +31,7 @@ HOUSE = [
         "upkeep",
         "backup",
     ),
-    *("explain", "sums", "roster", "table", "control", "progress", "export", "report"),
+    *("explain", "sums", "roster", "table", "control", "progress", "formats", "export", "report"),
     *("check", "scaffold", "supervisor", "cli", "__main__"),
 ]
 

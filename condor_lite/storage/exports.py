@@ -1,26 +1,201 @@
-"""What `export` reads: whole tables, row by row, on one snapshot."""
+"""What `export` reads: whole tables, row by row, in the order of time. The first argument is a connection."""
 
+# ruff: noqa: S608  (only constants are put together)
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+
+from condor_lite.storage.compression import decompress
+from condor_lite.storage.queries import ANSWER, NEWEST, RESULT
+
+Row = tuple[Any, ...]
 
 
-def price_counts(conn: sqlite3.Connection, since_s: float, until_s: float) -> dict[str, int]:
-    """How many prices each asset has with `since_s <= ts <= until_s`; assets without any are left out."""
-    return dict(
-        conn.execute(
-            "SELECT asset, count(*) FROM price WHERE ts_s BETWEEN ? AND ? GROUP BY asset ORDER BY asset",
-            (since_s, until_s),
-        )
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a file. Times are integers since the epoch, in the unit that `kind` names."""
+
+    name: str
+    kind: Literal["text", "integer", "number", "seconds", "milliseconds"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be exported: `since_s <= time <= until_s`, of some assets and models (empty: of all)."""
+
+    since_s: float
+    until_s: float
+    assets: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    payloads: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One file's worth. `time`: the place of the column, in seconds, that rows are chosen and sorted by.
+
+    `changes`: how often the prices go from one source over to another.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+    time: int
+    count: int
+    rows: Callable[[], Iterator[Row]]
+    changes: int = 0
+
+
+_Selected = tuple[tuple[Column, str], ...]  # with the SQL that gives them
+
+_ROUND_ID = "r.asset || '-' || r.horizon_s || '-' || r.step_s || '-' || r.scheduled_at_s"
+_ROUND = (
+    (Column("round_id", "text"), _ROUND_ID),
+    (Column("asset", "text"), "r.asset"),
+    (Column("horizon", "integer"), "r.horizon_s"),
+    (Column("step", "integer"), "r.step_s"),
+    (Column("scheduled_at", "seconds"), "r.scheduled_at_s"),
+    (Column("model_id", "text"), "m.model_id"),
+)
+_PREDICTION = (
+    *_ROUND,
+    (Column("status", "text"), ANSWER),  # three columns at once
+    (Column("detail", "text"), ""),
+    (Column("scorer_version", "integer"), ""),
+    (Column("received_at", "milliseconds"), "p.received_at_ms"),
+    (Column("exec_time_us", "integer"), "p.exec_time_us"),
+    (Column("raw_score", "number"), "s.raw"),
+    (Column("score", "number"), "s.score"),
+)
+_SCORE = (
+    *_ROUND,
+    (Column("resolvable_at", "seconds"), "r.resolvable_at_s"),
+    (Column("scored_at", "milliseconds"), "q.scored_at_ms"),
+    (Column("scorer_version", "integer"), "coalesce(q.carried_from, q.scorer_version)"),
+    (Column("median", "number"), "q.median"),
+    (Column("no_move", "number"), "q.no_move"),
+    (Column("resolved", "integer"), "q.resolved"),
+    (Column("raw_score", "number"), "s.raw"),
+    (Column("counted_score", "number"), "s.counted"),
+    (Column("score", "number"), "s.score"),
+    (Column("detail", "text"), "s.detail"),
+)
+_STANDING = (
+    (Column("created_at", "seconds"), "t.created_at_s"),
+    (Column("rank", "integer"), "t.rank"),
+    (Column("model_id", "text"), "m.model_id"),
+    (Column("model_name", "text"), "m.model_name"),
+    (Column("cruncher_name", "text"), "m.cruncher_name"),
+    (Column("score_recent", "number"), "t.score_recent"),
+    (Column("score_steady", "number"), "t.score_steady"),
+    (Column("score_anchor", "number"), "t.score_anchor"),
+    (Column("scorer_version", "integer"), "t.scorer_version"),
+)
+_DENSITIES = (Column("densities", "text"), "payload.body")
+_PRICE = ((Column("timestamp", "integer"), "ts_s"), (Column("close", "number"), "price"))
+_BY_ROUND = "ORDER BY r.scheduled_at_s, r.round_no, {}.model_no"
+_OF_ROUNDS = "r.scheduled_at_s BETWEEN :since AND :until"
+_OF_ASSETS = "(:assets = '[]' OR r.asset IN (SELECT value FROM json_each(:assets)))"
+_OF_MODELS = "(:models = '[]' OR m.model_id IN (SELECT value FROM json_each(:models)))"
+
+
+def prices(conn: sqlite3.Connection, wanted: Wanted) -> list[Table]:
+    """Each asset's prices, as a replay reads them; assets without any are left out."""
+    of_asset = "FROM price r WHERE asset = :asset AND ts_s BETWEEN :since AND :until"
+    counts = conn.execute(
+        f"SELECT asset, count(*) FROM price r WHERE ts_s BETWEEN :since AND :until AND {_OF_ASSETS} "
+        "GROUP BY asset ORDER BY asset",
+        _parameters(wanted),
+    ).fetchall()
+    tables = []
+    for asset, count in counts:
+        parameters = {**_parameters(wanted), "asset": asset}
+        (changes,) = conn.execute(
+            "SELECT count(*) FROM (SELECT source, lag(source) OVER (ORDER BY ts_s) AS before "
+            f"{of_asset}) WHERE source != before",
+            parameters,
+        ).fetchone()
+        rows = _reader(conn, _PRICE, f"{of_asset} ORDER BY ts_s", parameters)
+        tables.append(Table(asset, _columns(_PRICE), 0, count, rows, changes))
+    return tables
+
+
+def leaderboard(conn: sqlite3.Connection, wanted: Wanted) -> list[Table]:
+    """The leaderboards that were kept (every `scoring.snapshot_interval`), a row a model and time."""
+    rows = (
+        "FROM leaderboard t INDEXED BY leaderboard_by_time CROSS JOIN model m ON m.model_no = t.model_no "
+        f"WHERE t.created_at_s BETWEEN :since AND :until AND {_OF_MODELS}"
     )
+    return _table(conn, "leaderboard", _STANDING, 0, wanted, rows, "ORDER BY t.created_at_s, t.model_no")
 
 
-def prices(
-    conn: sqlite3.Connection, asset: str, since_s: float, until_s: float
-) -> Iterator[tuple[int, float, str]]:
-    """One asset's `(ts_s, price, source)` with `since_s <= ts <= until_s`, ascending."""
-    yield from conn.execute(
-        "SELECT ts_s, price, source FROM price WHERE asset = ? AND ts_s BETWEEN ? AND ? ORDER BY ts_s",
-        (asset, since_s, until_s),
+def scores(conn: sqlite3.Connection, wanted: Wanted) -> list[Table]:
+    """The scores that count, a row a round and model; also of those that were absent or failed."""
+    rows = (
+        f"FROM round r CROSS JOIN round_score q ON q.round_no = r.round_no AND q.scorer_version = {NEWEST} "
+        "CROSS JOIN score s ON s.round_no = q.round_no AND s.scorer_version = q.scorer_version "
+        f"CROSS JOIN model m ON m.model_no = s.model_no WHERE {_OF_ROUNDS} AND {_OF_ASSETS} AND {_OF_MODELS}"
     )
+    return _table(conn, "scores", _SCORE, 4, wanted, rows, _BY_ROUND.format("s"))
+
+
+def predictions(conn: sqlite3.Connection, wanted: Wanted) -> list[Table]:
+    """Who was asked in each round, and what came of it; with `payloads`, the densities as they were sent."""
+    columns: _Selected = _PREDICTION
+    payload = ""
+    if wanted.payloads:
+        columns = (*columns, _DENSITIES)
+        payload = "LEFT JOIN payload ON payload.round_no = p.round_no AND payload.model_no = p.model_no"
+    rows = (
+        "FROM round r CROSS JOIN prediction p ON p.round_no = r.round_no "
+        f"CROSS JOIN model m ON m.model_no = p.model_no {RESULT} {payload} "
+        f"WHERE {_OF_ROUNDS} AND {_OF_ASSETS} AND {_OF_MODELS}"
+    )
+    return _table(conn, "predictions", columns, 4, wanted, rows, _BY_ROUND.format("p"))
+
+
+def _table(
+    conn: sqlite3.Connection,
+    name: str,
+    columns: _Selected,
+    time: int,
+    wanted: Wanted,
+    rows: str,
+    order: str,
+) -> list[Table]:
+    parameters = _parameters(wanted)
+    (count,) = conn.execute(f"SELECT count(*) {rows}", parameters).fetchone()
+    read = _reader(conn, columns, f"{rows} {order}", parameters)
+    return [Table(name, _columns(columns), time, count, read)] if count else []
+
+
+def _reader(
+    conn: sqlite3.Connection, columns: _Selected, rows: str, parameters: dict[str, object]
+) -> Callable[[], Iterator[Row]]:
+    expressions = ", ".join(expression for _, expression in columns if expression)
+
+    def read() -> Iterator[Row]:
+        found = conn.execute(f"SELECT {expressions} {rows}", parameters)
+        if _DENSITIES not in columns:
+            yield from found
+        for *row, body in found:
+            yield (*row, None if body is None else decompress(body).decode(errors="replace"))
+
+    return read
+
+
+def _columns(columns: _Selected) -> tuple[Column, ...]:
+    return tuple(column for column, _ in columns)
+
+
+def _parameters(wanted: Wanted) -> dict[str, object]:
+    return {
+        "since": wanted.since_s,
+        "until": wanted.until_s,
+        "assets": orjson.dumps(wanted.assets).decode(),
+        "models": orjson.dumps(wanted.models).decode(),
+    }

@@ -20,18 +20,18 @@ _BEFORE_ALL = -(2**62)
 _AFTER_ALL = 2**62
 
 # For a round that was scored more than once, the result of the newest scorer that is published.
-_NEWEST = """
+NEWEST = """
     (SELECT max(n.scorer_version) FROM round_score n
      CROSS JOIN scorer v ON v.scorer_version = n.scorer_version
      WHERE n.round_no = r.round_no AND v.published)
 """
-_RESULT = f"""
-    LEFT JOIN round_score q ON q.round_no = r.round_no AND q.scorer_version = {_NEWEST}
+RESULT = f"""
+    LEFT JOIN round_score q ON q.round_no = r.round_no AND q.scorer_version = {NEWEST}
     LEFT JOIN score s ON s.round_no = q.round_no AND s.scorer_version = q.scorer_version
         AND s.model_no = p.model_no
 """
 # What became of an answer under that scorer: another one may have rejected it.
-_ANSWER = """
+ANSWER = """
     CASE WHEN s.raw IS NOT NULL THEN 'SUCCESS' WHEN s.detail IS NOT NULL THEN 'FAILED' ELSE p.status END
         AS answer_status,
     CASE WHEN s.raw IS NULL THEN coalesce(s.detail, p.detail) END AS detail,
@@ -193,10 +193,10 @@ async def predictions(
         f"""
         WITH found AS MATERIALIZED ({keys}),
              page AS MATERIALIZED (SELECT * FROM found ORDER BY round_no DESC, model_no DESC LIMIT ?)
-        SELECT {_ROUND}, p.model_no, m.model_id, {_ANSWER}, p.exec_time_us,
+        SELECT {_ROUND}, p.model_no, m.model_id, {ANSWER}, p.exec_time_us,
                q.scored_at_ms, s.raw, s.score
         FROM page CROSS JOIN prediction p ON p.round_no = page.round_no AND p.model_no = page.model_no
-        CROSS JOIN round r ON r.round_no = p.round_no CROSS JOIN model m ON m.model_no = p.model_no {_RESULT}
+        CROSS JOIN round r ON r.round_no = p.round_no CROSS JOIN model m ON m.model_no = p.model_no {RESULT}
         ORDER BY p.round_no DESC, p.model_no DESC
         """,  # noqa: S608 - only constants
         (*params, limit),
@@ -242,7 +242,7 @@ async def round_by_key(
         SELECT {_ROUND}, r.absent_models, q.median, q.no_move, q.resolved, q.scored_at_ms,
                coalesce(q.carried_from, q.scorer_version) AS scorer_version
         FROM round r LEFT JOIN round_score q ON q.round_no = r.round_no
-            AND q.scorer_version = {_NEWEST}
+            AND q.scorer_version = {NEWEST}
         WHERE r.asset = ? AND r.horizon_s = ? AND r.step_s = ? AND r.scheduled_at_s = ?
         """,  # noqa: S608 - only constants
         (asset, horizon_s, step_s, scheduled_at_s),
@@ -261,9 +261,9 @@ async def round_answers(readers: Readers, round_no: int) -> list[sqlite3.Row]:
             SELECT round_no, absent.value, 'ABSENT', NULL, NULL, NULL
             FROM round, json_each(round.absent_models) absent WHERE round_no = ?
         )
-        SELECT m.model_id, m.model_name, {_ANSWER}, p.received_at_ms, p.exec_time_us, s.raw, s.score
+        SELECT m.model_id, m.model_name, {ANSWER}, p.received_at_ms, p.exec_time_us, s.raw, s.score
         FROM asked p CROSS JOIN model m ON m.model_no = p.model_no
-        CROSS JOIN round r ON r.round_no = p.round_no {_RESULT}
+        CROSS JOIN round r ON r.round_no = p.round_no {RESULT}
         ORDER BY s.score DESC NULLS LAST, p.status = 'SUCCESS' DESC, m.model_id LIMIT ?
         """,  # noqa: S608 - only constants
         (round_no, round_no, MOST_ANSWERS),
