@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -57,11 +58,13 @@ async def test_hostile_names_and_ids_are_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_new_deployment_is_marked(tmp_path: Path) -> None:
+async def test_a_deployment_of_new_code_is_marked(tmp_path: Path) -> None:
     async with serve(tmp_path) as game:
         await play(game)
-        again = ModelInfo(*(getattr(ALPHA, name) for name in ALPHA.__slots__[:4]), "</script>v2")
-        await game.db.write(repositories.upsert_model, again, NOW_S - 100)
+        new = replace(ALPHA, deployment_id="</script>v2", code_hash="2")
+        restarted = replace(new, deployment_id="v2 again")
+        await game.db.write(repositories.upsert_model, new, NOW_S - 100)
+        await game.db.write(repositories.upsert_model, restarted, NOW_S - 50)
         html = await page(game, "/models/1")
         assert blocks(html)[0]["deployments"] == [{"t": NOW_S - 100, "label": "</script>v2"}]
 

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, astuple, dataclass, field, fields
 from sqlite3 import Row
@@ -313,17 +313,16 @@ def _weighted_mean(pairs: Iterable[tuple[float, float | None]]) -> float | None:
 
 
 def _deployments(rows: list[Row]) -> list[Deployment]:
-    before = [None, *rows]
     return [
-        Deployment(
-            deployment_id=row["deployment_id"],
-            first_seen_at=moment(row["first_seen_at_s"]),
-            code_changed=previous is None
-            or row["code_hash"] is None
-            or row["code_hash"] != previous["code_hash"],
-        )
-        for previous, row in zip(before, rows, strict=False)
+        Deployment(row["deployment_id"], moment(row["first_seen_at_s"]), changed)
+        for row, changed in zip(rows, code_changes(rows), strict=True)
     ]
+
+
+def code_changes(deployments: Sequence[Row]) -> list[bool]:
+    """Whether each of these, oldest first, brought other code than the one before, or may have."""
+    hashes = [row["code_hash"] for row in deployments]
+    return [after is None or after != before for before, after in zip([None, *hashes], hashes, strict=False)]
 
 
 def _recent_prediction(row: Row) -> RecentPrediction:

@@ -15,7 +15,7 @@ from condor_lite.report import params
 from condor_lite.report.answers import CalibrationEstimate, ModelCalibration
 from condor_lite.report.calibration import calibrations
 from condor_lite.report.context import Context, NotFound
-from condor_lite.report.game import round_id
+from condor_lite.report.game import code_changes, round_id
 from condor_lite.report.pages import leaderboard
 from condor_lite.report.pages.common import FOR_S, duration, show
 from condor_lite.report.ready import ReadyMade, one_digit
@@ -116,7 +116,9 @@ def _scores(stored: Sequence[Row], deployments: Sequence[Row]) -> dict[str, obje
         "t": [row["at_s"] for row in stored],
         **{name: [_short(row[f"score_{name}"]) for row in stored] for name in ("recent", "steady", "anchor")},
         "deployments": [
-            {"t": row["first_seen_at_s"], "label": row["deployment_id"][:24]} for row in deployments[1:]
+            {"t": row["first_seen_at_s"], "label": row["deployment_id"][:24]}
+            for row, changed in list(zip(deployments, code_changes(deployments), strict=True))[1:]
+            if changed
         ],
     }
 
