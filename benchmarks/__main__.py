@@ -10,7 +10,8 @@ import benchmarks
 
 
 def main() -> None:
-    names = [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if module.name != "__main__"]
+    modules = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+    names = [name for name in modules if not name.startswith("_")]
     chosen = sys.argv[1:] or names
     unknown = [name for name in chosen if name not in names]
     if unknown:

@@ -8,7 +8,6 @@ game's rounds without the disturbance. The fleet shares the machine's cores with
 from __future__ import annotations
 
 import asyncio
-import signal
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +26,14 @@ import psutil
 from model_runner_client.grpc.generated.commons_pb2 import Argument, Variant, VariantType
 from model_runner_client.model_concurrent_runners import DynamicSubclassModelConcurrentRunner
 
+from benchmarks._client import asking
 from condor_lite import config as configuration
 from condor_lite.clock import GameClock
 from condor_lite.config import Config
 from condor_lite.game.entities import Answer, AnswerStatus, Leaderboard
 from condor_lite.game.scoring import Rules
 from condor_lite.logs import configure
-from condor_lite.news import News
+from condor_lite.news import News, PricesCame
 from condor_lite.pool import ScoringPool
 from condor_lite.predict import PredictLoop
 from condor_lite.prices.feed import Feed
@@ -138,6 +137,8 @@ class Game:
     db: Database
     journal: TimedJournal
     predict: PredictLoop
+    feed: Feed
+    news: News
     prices_s: dict[int, float]
     """By the time of the round to come, when its prices were at hand."""
 
@@ -190,14 +191,38 @@ async def playing(
         await feed.start()
         prices_s: dict[int, float] = {}
         feed.subscribe(lambda assets: prices_s.setdefault(feed.book.newest_s("BTC") or 0, time.time()))
-        predict = PredictLoop(config, clock, db, journal, feed, port, lambda closed: None)
+        news = News()
+        feed.subscribe(lambda assets: news.tell(PricesCame(assets)))
+        predict = PredictLoop(config, clock, db, journal, feed, port, lambda closed: None, news.tell)
         async with anyio.create_task_group() as tasks:
             for run in (journal.run, predict.fleet.run, feed.run, predict.run):
                 tasks.start_soon(run)
             spare_the_loop()
-            yield Game(config, db, journal, predict, prices_s)
+            yield Game(config, db, journal, predict, feed, news, prices_s)
             await predict.finish(1.0)
             tasks.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def serving(game: Game, leaderboard: Leaderboard) -> AsyncIterator[int]:
+    """The game's report, with this leaderboard; its port."""
+    live = Live(
+        config=game.config,
+        clock=GameClock(),
+        started_at_s=time.time(),
+        problems=list,
+        feeds=game.feed.states,
+        connected=lambda: frozenset(game.predict.fleet.running),
+        vitals=lambda: Vitals([], 0, 0, 0, None, (0.0, 0.0, 0.0), 0.0),
+        news=game.news,
+    )
+    live.publish(leaderboard)
+    app = create_app(live, game.db.reports)
+    served = web.Server(app, web.bind("127.0.0.1", 0), before_stop=app.state.stream.end)
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(served.run)
+        yield served.port
+        served.stop()
 
 
 @dataclass
@@ -348,7 +373,7 @@ async def isolation() -> None:
             beside, alone, beats = await _in_turns(game, [entry["model_id"] for entry in bad.entries])
             await fleet.do("say", entries=[{**entry, "state": "STOPPED"} for entry in bad.entries])
             await game.connected(90)
-            _compare(name, beside, alone, healthy, beats)
+            compare_answers(name, beside, alone, healthy, beats)
 
 
 async def _in_turns(game: Game, guests: list[str]) -> tuple[list[Times], list[Times], Beats]:
@@ -367,7 +392,16 @@ async def _in_turns(game: Game, guests: list[str]) -> tuple[list[Times], list[Ti
     return beside, alone, beats
 
 
-def _compare(
+def compare_starts(rounds: Sequence[Times], reference: Sequence[Times]) -> None:
+    """Print one row: how late the rounds opened at most, and how late others did."""
+    late_s, was_late_s = (
+        max(times.opened_s - times.scheduled_at_s for times in held) for held in (rounds, reference)
+    )
+    note = f"{late_s / was_late_s:.2f}   (without {ms(was_late_s)}; target <= 100 ms)"
+    row("rounds opened late, at most", ms(late_s), note)
+
+
+def compare_answers(
     name: str,
     rounds: Sequence[Times],
     reference: Sequence[Times],
@@ -440,7 +474,7 @@ async def newcomers() -> None:
             await game.connected(120)
             await fleet.do("say", entries=[{**entry, "state": "STOPPED"} for entry in joined])
             await game.connected(100)
-        _compare("20 newcomers", beside, alone, healthy, beats)
+        compare_answers("20 newcomers", beside, alone, healthy, beats)
 
 
 # -- load ----------------------------------------------------------------------------------------------------
@@ -449,43 +483,22 @@ async def newcomers() -> None:
 async def load() -> None:
     """The pool busy without end, and 64 connections that ask for the leaderboard without a pause."""
     async with FleetProcess(100) as fleet, playing(fleet.port) as game:
-        live = Live(
-            config=game.config,
-            clock=GameClock(),
-            started_at_s=time.time(),
-            problems=list,
-            feeds=list,
-            connected=frozenset,
-            vitals=lambda: Vitals([], 0, 0, 0, None, (0.0, 0.0, 0.0), 0.0),
-            news=News(),
-        )
-        live.publish(Leaderboard(time.time(), 1, ()))
-        served = web.Server(create_app(live, game.db.reports), web.bind("127.0.0.1", 0))
         await game.connected(100)
         await game.next_rounds(2)
         alone = await game.next_rounds(6)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(served.run)
+        async with (
+            serving(game, Leaderboard(int(time.time()), 1, ())) as port,
+            anyio.create_task_group() as tasks,
+        ):
             tasks.start_soon(_saturate, game.config)
-            hammer = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "benchmarks.predict", "hammer", str(served.port)),
-                stdout=asyncio.subprocess.PIPE,
-            )
-            async with watched() as beats:
+            async with asking(port, 64, ["/reports/leaderboard"]) as asked, watched() as beats:
                 beside = await game.next_rounds(6)
-            hammer.terminate()
-            requests, _ = await hammer.communicate()
-            served.stop()
             tasks.cancel_scope.cancel()
         healthy = game.numbers("well")
     print("load: 100 models, the pool saturated, 64 connections on /reports/leaderboard; with / without")
-    late_s, was_late_s = (
-        max(times.opened_s - times.scheduled_at_s for times in rounds) for rounds in (beside, alone)
-    )
-    note = f"{late_s / was_late_s:.2f}   (without {ms(was_late_s)}; target <= 100 ms)"
-    row("rounds opened late, at most", ms(late_s), note)
-    _compare("round opens -> answer committed", beside, alone, healthy, beats, "")
-    row("requests answered", requests.decode().strip(), "a second")
+    compare_starts(beside, alone)
+    compare_answers("round opens -> answer committed", beside, alone, healthy, beats, "")
+    row("requests answered", f"{asked.a_second:.0f}", f"a second; failed: {asked.failed or 'none'}")
 
 
 async def _saturate(config: Config) -> None:
@@ -495,28 +508,6 @@ async def _saturate(config: Config) -> None:
     async with ScoringPool(config.scoring.workers, Rules(), 10.0) as pool:
         while True:
             await pool.validate([ValidationItem(compress(payload), setting)] * 2000)
-
-
-async def hammer(port: int) -> None:
-    answered = count()
-    started_s = time.perf_counter()
-
-    async def connection() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        while True:
-            writer.write(b"GET /reports/leaderboard HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            head = await reader.readuntil(b"\r\n\r\n")
-            (length,) = (
-                int(line.split(b":")[1])
-                for line in head.split(b"\r\n")
-                if line.lower().startswith(b"content-l")
-            )
-            await reader.readexactly(length)
-            next(answered)
-
-    with suppress(asyncio.CancelledError):
-        await asyncio.gather(*(connection() for _ in range(64)))
-    print(round(next(answered) / (time.perf_counter() - started_s)))
 
 
 PARTS: dict[str, Callable[[], Awaitable[None]]] = {
@@ -529,12 +520,6 @@ PARTS: dict[str, Callable[[], Awaitable[None]]] = {
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["hammer", port]:
-            runner = asyncio.Runner()
-            runner.get_loop().add_signal_handler(
-                signal.SIGTERM, lambda: [task.cancel() for task in asyncio.all_tasks(runner.get_loop())]
-            )
-            runner.run(hammer(int(port)))
         case ["run", part]:
             asyncio.run(PARTS[part]())
         case parts:
