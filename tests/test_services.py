@@ -1,0 +1,166 @@
+"""Every service is killed by an exception, one after another, in a running game, and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+
+from condor_lite import config as configuration
+from condor_lite import supervisor
+from condor_lite.supervisor import Game, Service, playing
+from tests.stage import until
+
+pytestmark = pytest.mark.anyio
+
+CONFIG = """
+[game]
+speed = 20
+
+[[game.settings]]
+assets = ["BTC"]
+horizon = "20s"
+step = "5s"
+interval = "10s"
+
+[feed]
+tick = "5s"
+history = "10m"
+
+[scoring]
+interval = "1s"
+workers = 1
+
+[backup]
+every = "6h"
+
+[orchestrator]
+port = 0
+
+[report]
+port = 0
+"""
+
+SERVICES = {
+    "control",
+    "predict",
+    "fleet",
+    "models",
+    "rescore",
+    "score",
+    "feed",
+    "upkeep",
+    "journal",
+    "report",
+    "watchdog",
+    "backup",
+}
+
+
+class Injected(Exception):
+    """What kills a service."""
+
+
+class Mortal(Service):
+    """A service that `kill()` ends with an exception where it stands, in its innermost `await`."""
+
+    def __init__(self, name: str, run: Callable[..., Awaitable[None]], *others: Any, **options: Any) -> None:
+        async def mortal(**started: Any) -> None:
+            self._task = asyncio.current_task()
+            await self._drive(run(**started))
+
+        super().__init__(name, mortal, *others, **options)
+        self._task: asyncio.Task[Any] | None = None
+        self._condemned = False
+
+    def kill(self) -> None:
+        assert self._task is not None
+        self._condemned = True
+        self._task.cancel()
+
+    @types.coroutine
+    def _drive(self, work: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
+        go_on: Callable[[Any], Any] = work.send
+        value: Any = None
+        while True:
+            try:
+                awaited = go_on(value)
+            except StopIteration:
+                return
+            try:
+                go_on, value = work.send, (yield awaited)
+            except BaseException as error:
+                go_on, value = work.throw, error
+                if self._condemned:
+                    self._condemned, value = False, Injected("by the test")
+                    assert self._task is not None
+                    self._task.uncancel()
+
+
+async def ready(game: Game) -> tuple[int, str]:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        reply = await client.get(f"{game.web.url}/readyz")
+    return reply.status_code, reply.text
+
+
+def scored(game: Game) -> float:
+    return game.live.leaderboard.created_at_s if game.live.leaderboard else 0.0
+
+
+async def test_every_service_that_is_killed_comes_back_while_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "Service", Mortal)
+    monkeypatch.setattr(supervisor, "_RESTART_FIRST_S", 0.3)
+    (tmp_path / "config.toml").write_text(CONFIG)
+    config = configuration.load(tmp_path / "config.toml", {})
+    with structlog.testing.capture_logs() as logs:
+        async with playing(config) as game:
+            await until(lambda: scored(game))
+            services = {service.name: service for service in game.services}
+            assert services.keys() == SERVICES
+            for name, service in services.items():
+                assert isinstance(service, Mortal)
+                before = {other.name: other.restarts for other in game.services}
+                rounds, leaderboard_s = len(await held(game)), scored(game)
+                service.kill()
+                await until(lambda service=service: service.failure)
+                assert "Injected" in str(service.failure) or "ExceptionGroup" in str(service.failure)
+                if name == "report":
+                    assert any("report is down" in problem.what for problem in game.problems())
+                else:
+                    status, said = await ready(game)
+                    assert (status, f"{name} is down" in said) == (503, True), said
+                await until(lambda service=service: not service.failure)
+                await until_held(game, rounds + 2)
+                await until(lambda since_s=leaderboard_s: scored(game) > since_s)
+                after = {other.name: other.restarts for other in game.services}
+                assert after == {**before, name: before[name] + 1}, "nobody else was restarted"
+            await until_ready(game)
+    failures = [line["service"] for line in logs if line["event"] == "service_failed"]
+    assert failures == list(services), "each once, in turn"
+
+
+async def held(game: Game) -> list[Any]:
+    """The rounds that got answers, and of which these are on disk."""
+    return await game.db.read(
+        lambda conn: conn.execute(
+            "SELECT round_no FROM round WHERE status IN ('closed', 'scored') AND answered > 0"
+        ).fetchall()
+    )
+
+
+async def until_held(game: Game, count: int) -> None:
+    while len(await held(game)) < count:  # noqa: ASYNC110 - a commit has no event
+        await asyncio.sleep(0.05)
+
+
+async def until_ready(game: Game) -> None:
+    while (await ready(game))[0] != 200:  # noqa: ASYNC110 - neither has this
+        await asyncio.sleep(0.05)
