@@ -8,6 +8,7 @@ game's rounds without the disturbance. The fleet shares the machine's cores with
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -175,8 +176,9 @@ async def playing(
     tick_s: int = 1,
     history: str = "1h",
     assets: Sequence[str] = ("BTC",),
+    prepare: Callable[[sqlite3.Connection], None] = lambda conn: None,
 ) -> AsyncIterator[Game]:
-    """A predict loop with all that it needs, in real time."""
+    """A predict loop with all that it needs, in real time. `prepare` may fill the database before."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         path = folder / "config.toml"
@@ -186,6 +188,7 @@ async def playing(
         config = configuration.load(path, {})
         configure(config.log)
         db = await stack.enter_async_context(Database(config.storage.path))
+        await db.write(prepare)
         clock, (source,) = GameClock(), make_sources(config)
         journal, feed = TimedJournal(db), Feed(config, clock, db, source)
         await feed.start()

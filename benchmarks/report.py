@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -309,7 +310,7 @@ def _month(folder: Path) -> Path:
             conn.execute("PRAGMA foreign_keys = OFF")
             conn.execute("PRAGMA cache_size = -400000")
             conn.execute("BEGIN")
-            fill(conn, MODELS, ROUNDS)
+            fill(conn, MODELS, ROUNDS, START_S)
             conn.execute("COMMIT")
             conn.execute("PRAGMA analysis_limit = 400")
             conn.execute("PRAGMA optimize")
@@ -317,15 +318,18 @@ def _month(folder: Path) -> Path:
     return path
 
 
-def fill(conn: sqlite3.Connection, models: int, rounds: int) -> None:
-    """30 days of so many rounds, by turns of four assets, all of them scored, and of snapshots."""
+def fill(conn: sqlite3.Connection, models: int, rounds: int, start_s: int) -> None:
+    """30 days of so many rounds, by turns of four assets, all of them scored, and of snapshots.
+
+    The file must be empty. It is faster without foreign keys.
+    """
     for number in range(1, models + 1):
-        repositories.upsert_model(conn, info(number), START_S)
-    version = scores.current_scorer(conn, "crps", "log_return", "x", START_S)
+        repositories.upsert_model(conn, info(number), start_s)
+    version = scores.current_scorer(conn, "crps", "log_return", "x", start_s)
     numbers = "WITH RECURSIVE n(k) AS (SELECT 0 UNION ALL SELECT k + 1 FROM n WHERE k + 1 < {})"
     (index,) = conn.execute("SELECT sql FROM sqlite_master WHERE name = 'prediction_by_model'").fetchone()
     conn.execute("DROP INDEX prediction_by_model")  # sorted once at the end, which is faster
-    given = {"start": START_S, "every": 30 * DAY_S // rounds, "models": models, "version": version}
+    given = {"start": start_s, "every": 30 * DAY_S // rounds, "models": models, "version": version}
     settings = 'SELECT value AS asset, key AS place FROM json_each(\'["BTC", "ETH", "SOL", "XAU"]\')'
     for sql in (
         f"""{numbers.format(rounds)}
@@ -367,22 +371,21 @@ MIX = (
     "text/html /rounds",
 )
 READERS = 32
+_ABANDONED_S = 6.0  # by then the server has given up what nobody waits for any more
 
 
 async def mixed(folder: Path) -> None:
     """All kinds of readers at once, on the file of a month."""
     _month(folder)
     print(f"mixed: half of it the leaderboard; {READERS} readers of /events; 64 connections, 5 s")
-    async with (
-        reporting(folder, board(MODELS, END_S), END_S) as (url, live),
-        asking(_port(url), 64, MIX, readers=READERS, zipped=True) as asked,
-        watched() as beats,
-    ):
-        cpu_s = time.process_time()
-        for _ in range(5):
-            await asyncio.sleep(1.0)
-            live.publish(board(MODELS, END_S))
-        cpu_s = time.process_time() - cpu_s
+    async with reporting(folder, board(MODELS, END_S), END_S) as (url, live):
+        async with asking(_port(url), 64, MIX, readers=READERS, zipped=True) as asked, watched() as beats:
+            cpu_s = time.process_time()
+            for _ in range(5):
+                await asyncio.sleep(1.0)
+                live.publish(board(MODELS, END_S))
+            cpu_s = time.process_time() - cpu_s
+        await asyncio.sleep(_ABANDONED_S)
     show(asked, cpu_s)
     row("", "", f"{beats}")
 
@@ -401,6 +404,10 @@ def show(asked: Asked, cpu_s: float) -> None:
 # -- rounds --------------------------------------------------------------------------------------------------
 
 
+def _month_ago_s() -> int:
+    return (int(time.time()) // SPACING_S) * SPACING_S - 30 * DAY_S
+
+
 async def rounds(folder: Path) -> None:
     """The predict rounds of 100 models while 64 connections ask without a pause, in turns with none."""
     print(
@@ -409,7 +416,9 @@ async def rounds(folder: Path) -> None:
     loads = {"leaderboard": [LEADERBOARD], "mixed": MIX}
     async with (
         FleetProcess(100) as fleet,
-        playing(fleet.port) as game,
+        playing(
+            fleet.port, prepare=partial(fill, models=MODELS, rounds=5_000, start_s=_month_ago_s())
+        ) as game,
         serving(game, board(RANKED, int(time.time()), 10_001)) as port,
     ):
         await game.connected(100)

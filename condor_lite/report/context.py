@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,6 +28,8 @@ _ROWS_ON_THE_LOOP = 100  # well under a millisecond; more are packed in a thread
 _READY_FOR_S = 10.0  # a changed name or deployment shows after this long at the latest
 _LOOK_EVERY_S = 0.25  # who is connected; looking takes as long as answering
 _THREADS = 2
+_LARGE_AT_ONCE = 2  # fewer than the database's readers: one is always there for what is quick
+_LARGE_WITHIN_S = 5.0
 _MOST_REMEMBERED = 256
 
 
@@ -48,6 +50,8 @@ class Context:
         """How long a leaderboard is promised to hold, on the wall."""
         self._threads = anyio.CapacityLimiter(_THREADS)
         self._alone = anyio.CapacityLimiter(1)
+        self._making = anyio.CapacityLimiter(1)
+        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._ready: ReadyMade | None = None
         self._ready_for: Leaderboard | None = None
         self._ready_until_s = 0.0
@@ -67,9 +71,9 @@ class Context:
             leaderboard, connected = self.live.leaderboard, frozenset(self.live.connected())
             with suppress(QueryTimeout):  # those of last time will do; the leaderboard has its own
                 self._models = await queries.models(self.readers)
-            made = await self.in_thread(
-                make, leaderboard, self._models, connected, self.live.started_at_s, self.max_age_s
-            )
+            work = partial(make, leaderboard, self._models, connected, self.live.started_at_s, self.max_age_s)
+            # Everybody waits for it: it waits for nobody's pages.
+            made = await anyio.to_thread.run_sync(work, limiter=self._making)
             self._ready, self._ready_for = made, leaderboard
             self._looked_at_s = asyncio.get_running_loop().time()
             self._ready_until_s = self._looked_at_s + _READY_FOR_S
@@ -82,6 +86,21 @@ class Context:
     async def alone(self, work: Callable[[], T]) -> T:
         """The same for what may take seconds: one at a time, so that nothing else waits for it."""
         return await anyio.to_thread.run_sync(work, limiter=self._alone)
+
+    @asynccontextmanager
+    async def large(self) -> AsyncIterator[None]:
+        """For answers of thousands of rows, from the query to the body: few at once, so that their rows do
+        not fill the memory, and quick answers need not queue with them. Raises QueryTimeout.
+        """
+        try:
+            async with asyncio.timeout(_LARGE_WITHIN_S):
+                await self._large.acquire()
+        except TimeoutError:
+            raise QueryTimeout(_LARGE_WITHIN_S) from None
+        try:
+            yield
+        finally:
+            self._large.release()
 
     async def rows(
         self,

@@ -98,19 +98,20 @@ async def predictions(context: Context, sent: PredictionsParams) -> Reply:
         else:
             before = (sent.before.round_no, sent.before.model_no or 0)
     numbers = await _chosen(context, sent.project_ids)
-    found = await queries.predictions(context.readers, numbers, start_s, end_s, sent.limit + 1, before)
-    headers = {}
-    if len(found) > sent.limit:
-        del found[sent.limit :]
-        last = found[-1]
-        headers["x-next-before"] = f"{last['scheduled_at_s']}_{last['round_no']}_{last['model_no']}"
-    return await context.rows(
-        found,
-        _prediction_row,
-        _BRIEFLY_S,
-        headers,
-        order=lambda row: (row["scheduled_at_s"], row["round_no"], row["model_no"]),
-    )
+    async with context.large():
+        found = await queries.predictions(context.readers, numbers, start_s, end_s, sent.limit + 1, before)
+        headers = {}
+        if len(found) > sent.limit:
+            del found[sent.limit :]
+            last = found[-1]
+            headers["x-next-before"] = f"{last['scheduled_at_s']}_{last['round_no']}_{last['model_no']}"
+        return await context.rows(
+            found,
+            _prediction_row,
+            _BRIEFLY_S,
+            headers,
+            order=lambda row: (row["scheduled_at_s"], row["round_no"], row["model_no"]),
+        )
 
 
 async def schema(context: Context, sent: params.NoParams) -> Reply:
@@ -156,9 +157,12 @@ async def _snapshots(
     start_s, end_s = _range(context, sent.start, sent.end)
     numbers = await _chosen(context, sent.project_ids)
     spacing_s = context.live.config.scoring.snapshot_interval_s
-    found = await queries.snapshots(context.readers, table, numbers, start_s, end_s, sent.limit, spacing_s)
-    found.reverse()
-    return await context.rows(found, to_row, context.max_age_s)
+    async with context.large():
+        found = await queries.snapshots(
+            context.readers, table, numbers, start_s, end_s, sent.limit, spacing_s
+        )
+        found.reverse()
+        return await context.rows(found, to_row, context.max_age_s)
 
 
 async def _chosen(context: Context, project_ids: Sequence[str] | None) -> list[int] | None:
