@@ -26,6 +26,7 @@ from condor_lite.config_sections import (
     ReportConfig,
     ScoringConfig,
     StorageConfig,
+    WebhookConfig,
     keys,
     table,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "ReportConfig",
     "ScoringConfig",
     "StorageConfig",
+    "WebhookConfig",
     "find",
     "keys",
     "load",
@@ -105,12 +107,17 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
         scoring=scoring,
         storage=replace(storage, path=document.base / storage.path),
         backup=replace(backup, path=document.base / backup.path),
+        webhook=WebhookConfig(**given["webhook"]),
         report=ReportConfig(**given["report"]),
         log=LogConfig(**given["log"]),
     )
     _check_feed(document, config)
     _check_orchestrator(document, config)
     _check_storage(document, config)
+    webhook = config.webhook
+    if webhook.url and not webhook.secret and document.is_sound("webhook.secret"):
+        right = "must be set, as the receiver knows it: messages to webhook.url are signed with it"
+        document.complain("webhook.secret", right)
     if document.problems:
         raise ConfigError(document.problems)
     return config

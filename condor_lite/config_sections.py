@@ -7,6 +7,7 @@ The README's table, the reading and the check for unknown keys are made from the
 # ruff: noqa: RUF009  (`documented` only makes a field; the linter does not know)
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,32 @@ class BackupConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class WebhookConfig:
+    url: str = documented(
+        Kind("URL", lambda value, _: _read_webhook(value), textual=True),
+        "where the game sends a message when a trouble begins or is over, by POST; empty: nowhere",
+        default="",
+        secret=True,
+    )
+    secret: str = documented(
+        text(r"|.{16,}", "must have at least 16 characters", name="string"),
+        "what the messages are signed with; needed where there is a `webhook.url`. Best as "
+        "`CONDOR_LITE__WEBHOOK__SECRET` in the environment",
+        default="",
+        secret=True,
+    )
+    after_s: int = documented(
+        duration(0, 86400),
+        "a feed has been stale, or no round been held though one was due, for so long before it is told; and "
+        "any trouble away for so long before it is over. On the wall's time",
+        default=120,
+    )
+    min_free_bytes: int = documented(
+        size(0, 2**50), "with less free space in the database's folder the disk is nearly full", default=2**30
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ReportConfig:
     host: str = documented(host(), "where the API and the dashboard listen", default="127.0.0.1")
     port: int = documented(integer(0, 65535), "0 = any free one, printed at start", default=8000)
@@ -356,6 +383,7 @@ class Config:
     scoring: ScoringConfig
     storage: StorageConfig
     backup: BackupConfig
+    webhook: WebhookConfig
     report: ReportConfig
     log: LogConfig
 
@@ -368,6 +396,7 @@ SECTIONS: dict[str, type[Any]] = {
     "scoring": ScoringConfig,
     "storage": StorageConfig,
     "backup": BackupConfig,
+    "webhook": WebhookConfig,
     "report": ReportConfig,
     "log": LogConfig,
 }
@@ -439,6 +468,18 @@ def _read_symbols(value: Any) -> dict[str, str | dict[str, str]]:
             "such as [feed.symbols.kraken]"
         )
     return dict(value)
+
+
+_WRITTEN = re.compile(r"[!-\"$-~]{1,2000}")
+
+
+def _read_webhook(value: Any) -> str:
+    """Unlike other addresses it may have a query: many receivers know their senders by one."""
+    if value == "":
+        return ""
+    if isinstance(value, str) and _WRITTEN.fullmatch(value) and is_web_address(value.partition("?")[0]):
+        return value
+    raise WrongValueError('must be an http(s) address, such as "https://example.org/hooks/condor"')
 
 
 def _read_base_url(value: Any) -> str:

@@ -79,6 +79,14 @@ class ModelLeft:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelGivenUp:
+    """It is not asked any more until it comes back by itself, or a new version of it does."""
+
+    info: ModelInfo
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ScoresCycled:
     """A cycle of the scoring loop took so long (wall)."""
 

@@ -81,7 +81,7 @@ class PredictLoop:
         self._feed = feed
         self._on_closed = on_closed
         self._tell = tell
-        self.fleet = Fleet(config, orchestrator_port, self._serve, self._renamed)
+        self.fleet = Fleet(config, orchestrator_port, self._serve, self._renamed, tell)
         self.participants: dict[str, Participant] = {}
         self.paused: dict[str, int] = {}
         """By `model_id`, since when (game's clock) the host has it paused: neither asked nor ticked."""

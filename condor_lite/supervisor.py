@@ -14,6 +14,7 @@ import structlog
 from anyio.abc import TaskGroup, TaskStatus
 
 from condor_lite import __version__, stopping
+from condor_lite.alarms import Alarms, stale_price
 from condor_lite.backup import Backups
 from condor_lite.clock import Clock, GameClock
 from condor_lite.config import Config
@@ -39,6 +40,7 @@ from condor_lite.storage.database import Database
 from condor_lite.storage.journal import Journal
 from condor_lite.upkeep import Upkeep
 from condor_lite.watchdog import Watchdog, spare_the_loop
+from condor_lite.webhook import Webhook
 
 log = structlog.get_logger()
 
@@ -217,12 +219,7 @@ class Game:
             if service.failure
         ]
         found += [
-            Problem(
-                f"{state.asset} has no fresh price"
-                + (f": the newest is {state.age_s:.0f} s old" if state.age_s else "")
-                + (f" ({state.error})" if state.error else ""),
-                _TO_DO["price"],
-            )
+            Problem(stale_price(state), _TO_DO["price"])
             for state in self.feed.states()
             if state.stale and not self.feed.finished
         ]
@@ -349,6 +346,13 @@ async def _start(
     if config.backup.every_s:
         backups = Backups(config.backup, db.path, GameClock())  # on the wall's time
         started.append(Service("backup", backups.run, news.tell))
+    if config.webhook.url:
+        webhook = Webhook(config.webhook)
+        alarms = Alarms(config, game.live, game.feed, orchestrator, webhook.put)
+        started += [
+            Service("alarms", alarms.run, news.tell),
+            Service("webhook", webhook.run, news.tell),
+        ]
     for service in started:
         tasks.start_soon(service.serve, name=service.name)
     game.services = [*started[:3], *models, *started[3:]]  # in the order in which they are stopped

@@ -28,6 +28,7 @@ from condor_lite.config import Config
 from condor_lite.game.entities import ModelInfo
 from condor_lite.models import security
 from condor_lite.models.runner import MAX_NAME_CHARS, Connection, first_line
+from condor_lite.news import ModelGivenUp, Tell, ignore
 from condor_lite.pacer import Pacer
 
 log = structlog.get_logger()
@@ -110,6 +111,7 @@ class Fleet:
         port: int,
         serve: Callable[[Connection], Awaitable[None]],
         renamed: Callable[[Connection], None],
+        tell: Tell = ignore,
     ) -> None:
         for noisy in ("model_runner_client", "websockets"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
@@ -119,6 +121,7 @@ class Fleet:
         self._credentials = security.load_credentials(config.orchestrator)
         self._serve = serve
         self._renamed = renamed
+        self._tell = tell
         self._socket = _WebSocket(config.orchestrator.host, port, config.game.crunch_id)
         self._url = f"ws://{config.orchestrator.host}:{port}/{config.game.crunch_id}"
         self._berths: dict[str, dict[str, _Berth]] = {}
@@ -325,6 +328,7 @@ class Fleet:
     def give_up(self, connection: Connection, code: str, reason: str) -> None:
         """Report the model to the orchestrator, which stops it, and disconnect."""
         log.warning("model_given_up", model_id=connection.model_id, code=code, reason=reason)
+        self._tell(ModelGivenUp(connection.info, reason))
         self.refused.pop(connection.model_id, None)
         while len(self.refused) >= _MAX_REFUSED:
             del self.refused[next(iter(self.refused))]
