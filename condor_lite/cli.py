@@ -82,6 +82,13 @@ def parser() -> argparse.ArgumentParser:
         of_one.add_argument("model_id", metavar="ID")
     kinds = _add_export(verbs)
     _add_backup(verbs)
+    unit = verbs.add_parser(
+        "systemd",
+        help="print a systemd unit that runs this game as a service, hardened",
+        description="Print a systemd unit with the paths of this configuration, for "
+        "/etc/systemd/system/condor-lite.service.",
+    )
+    unit.add_argument("--user", metavar="NAME", help="who runs the game (default: you, and never root)")
     for verb in (*verbs.choices.values(), *actions.choices.values(), *kinds.choices.values()):
         # Understood after the verb, too.
         verb.add_argument("--config", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -443,6 +450,16 @@ def _restore(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _systemd(arguments: argparse.Namespace) -> int:
+    import getpass
+
+    from condor_lite import unit
+
+    user = arguments.user or ("condor-lite" if os.getuid() == 0 else getpass.getuser())
+    print(unit.text(_config(arguments), _config_path(arguments), user), end="")
+    return 0
+
+
 _VERBS = {
     "check": _check,
     "init": _init,
@@ -452,4 +469,5 @@ _VERBS = {
     "export": _export,
     "backup": _backup,
     "restore": _restore,
+    "systemd": _systemd,
 }

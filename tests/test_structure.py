@@ -32,7 +32,7 @@ HOUSE = [
         "backup",
     ),
     *("explain", "sums", "roster", "table", "control", "progress", "formats", "export", "report"),
-    *("check", "scaffold", "webhook", "alarms", "supervisor", "cli", "__main__"),
+    *("check", "scaffold", "unit", "webhook", "alarms", "supervisor", "cli", "__main__"),
 ]
 
 IMPURE = {"asyncio", "anyio", "time", "os", "pathlib", "sqlite3", "socket", "random", "httpx", "structlog"}
