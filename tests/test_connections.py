@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 import anyio
 import orjson
@@ -13,9 +14,12 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from condor_lite.report import connections, server
 from condor_lite.report.connections import SECURITY_HEADERS
+from condor_lite.report.replies import Reply, respond
+from condor_lite.report.sending import Sending
 from tests.stage import until
 
 pytestmark = pytest.mark.anyio
@@ -29,21 +33,36 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@dataclass
+class Large:
+    """Makes its body anew for each client."""
+
+    sending: Sending
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(LARGE, None, b"", 200, ())
+        with self.sending.one(reply, scope):
+            await respond(scope, send, reply)
+
+
 @pytest.fixture
-async def served() -> AsyncIterator[server.Server]:
+def sending() -> Sending:
+    """With room for three large bodies."""
+    return Sending(3 * len(LARGE))
+
+
+@pytest.fixture
+async def served(sending: Sending) -> AsyncIterator[server.Server]:
     """A server of three addresses: a short answer, a large one, and one that never comes."""
 
     async def short(request: Request) -> Response:
         return PlainTextResponse("here")
 
-    async def large(request: Request) -> Response:
-        return Response(LARGE)
-
     async def never(request: Request) -> Response:
         await asyncio.Event().wait()
         raise AssertionError
 
-    app = Starlette(routes=[Route("/", short), Route("/large", large), Route("/never", never)])
+    app = Starlette(routes=[Route("/", short), Route("/large", Large(sending)), Route("/never", never)])
     made = server.Server(app, server.bind("127.0.0.1", 0))
     async with anyio.create_task_group() as tasks:
         await tasks.start(made.run)
@@ -207,6 +226,52 @@ async def test_a_client_that_reads_slowly_gets_all_of_its_answer(
 
     assert b"200 OK" in head
     assert await client.ended()
+
+
+async def test_a_client_that_takes_a_byte_now_and_then_is_cut_off_in_the_end(
+    served: server.Server, connect: Connect
+) -> None:
+    client = await connect()
+    client.send(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+    await client.reader.readuntil(b"\r\n\r\n")
+    for later_s in range(0, 600, 20):
+        await client.reader.readexactly(500_000)
+        await check(served, later_s)
+    assert len(served.connections) == 1
+
+    await check(served, 601)
+    await asyncio.sleep(0)
+    assert not served.connections
+
+
+async def test_those_who_never_read_cost_little_memory_and_no_one_else_an_answer(
+    served: server.Server, connect: Connect, sending: Sending
+) -> None:
+    lazy = [await connect() for _ in range(5)]
+    for client in lazy:
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        client.send(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        await until(lambda: sending.held_bytes > 0)
+    await until(lambda: len(served.connections) == 3)
+    unsent = sum(connection.transport.get_write_buffer_size() for connection in served.connections)
+    assert unsent < 3 * 1_000_000
+    assert sending.held_bytes == 3 * len(LARGE)
+
+    reading = await connect()
+    reading.send(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+    status, _, body = await reading.answer()
+    assert (status, len(body)) == (200, len(LARGE))
+    assert len(served.connections) == 3  # the first of the lazy had to go
+    for client in lazy:
+        client.writer.transport.abort()
+    await until(lambda: sending.held_bytes == 0)
+
+
+async def test_a_body_that_many_get_is_held_once(served: server.Server) -> None:
+    sending, reply = Sending(10 * len(LARGE)), Reply(LARGE, b"zip", b"", 200, ())
+    with sending.one(reply, {}), sending.one(reply, {}):
+        assert sending.held_bytes == len(LARGE) + 3
+    assert sending.held_bytes == 0
 
 
 async def test_a_newcomer_takes_the_place_of_who_waits_longest(

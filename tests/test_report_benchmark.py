@@ -82,7 +82,7 @@ async def test_large_answers_wait_for_each_other_and_nothing_ready_made_for_them
         async with context.large(), context.large():
             game.live.publish(board(3, START_S))
             assert len((await context.ready()).standings) == 3
-            monkeypatch.setattr(contexts, "_LARGE_WITHIN_S", 0.01)
+            monkeypatch.setattr(contexts, "_TURN_WITHIN_S", 0.01)
             with pytest.raises(QueryTimeout):
                 async with context.large():
                     pass

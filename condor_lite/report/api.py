@@ -208,7 +208,8 @@ class _Answers:
             if isinstance(reply, EventStream):
                 await reply(scope, receive, send)
             else:
-                await respond(scope, send, reply, self._vary)
+                with self._context.sending.one(reply, scope):
+                    await respond(scope, send, reply, self._vary)
             return
         response = failure(self._context.live, _accept(scope), status, what, detail, headers)
         await response(scope, receive, send)

@@ -14,6 +14,7 @@ import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from condor_lite.report.answers import Failure
+from condor_lite.report.sending import CUT_OFF
 
 SECURITY_HEADERS: Mapping[str, str] = {
     "content-security-policy": (
@@ -37,6 +38,8 @@ REQUEST_WITHIN_S = 20.0
 """From the connection, or the last answer, to the end of a request's headers."""
 STALLED_AFTER_S = 30.0
 """A client that takes nothing of its answer for so long is cut off."""
+BEHIND_FOR_S = 600.0
+"""A client for whom something was waiting all this time is cut off, too: it takes a byte now and then."""
 
 _MOST_HEADERS = 100
 _MOST_PIPELINED = 8
@@ -63,7 +66,9 @@ class Connection(HttpToolsProtocol):
         self._in_head = True
         self._refused: _Refused | None = None
         self._left = 0
+        self._moved = False
         self._moved_at_s = 0.0
+        self._behind_since_s = 0.0
 
     @property
     def is_waiting(self) -> bool:
@@ -74,10 +79,14 @@ class Connection(HttpToolsProtocol):
         """Cut the client off if it is too slow."""
         before, self._left = self._left, self.transport.get_write_buffer_size()
         if self._left:
-            if not before or self._left < before:
+            if not before:
+                self._behind_since_s = now_s
+            if not before or self._left < before or self._moved:
                 self._moved_at_s = now_s
-            elif now_s - self._moved_at_s > STALLED_AFTER_S:
+            stalled = now_s - self._moved_at_s > STALLED_AFTER_S
+            if stalled or now_s - self._behind_since_s > BEHIND_FOR_S:
                 self.transport.abort()
+            self._moved = False
         elif self.is_waiting and now_s - self.waiting_since_s > REQUEST_WITHIN_S:
             self.transport.abort()
 
@@ -95,6 +104,10 @@ class Connection(HttpToolsProtocol):
             if self._head_bytes > MOST_HEAD_BYTES:
                 self._refuse(_too_much_head())
 
+    def resume_writing(self) -> None:
+        self._moved = True
+        super().resume_writing()
+
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= _MOST_PIPELINED:
             self._refused = _Refused(
@@ -103,6 +116,7 @@ class Connection(HttpToolsProtocol):
             raise self._refused
         self._head_bytes, self._in_head = 0, True
         super().on_message_begin()
+        self.scope["extensions"] = {CUT_OFF: {"call": self.transport.abort}}
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)

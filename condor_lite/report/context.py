@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from condor_lite.report.live import Live
 from condor_lite.report.metrics import Metrics
 from condor_lite.report.ready import ReadyMade, make
 from condor_lite.report.replies import Reply, encode_rows, pack
+from condor_lite.report.sending import Sending
 from condor_lite.report.stream import Stream
 from condor_lite.storage import queries
 from condor_lite.storage.database import Readers
@@ -29,12 +30,21 @@ _READY_FOR_S = 10.0  # a changed name or deployment shows after this long at the
 _LOOK_EVERY_S = 0.25  # who is connected; looking takes as long as answering
 _THREADS = 2
 _LARGE_AT_ONCE = 2  # fewer than the database's readers: one is always there for what is quick
-_LARGE_WITHIN_S = 5.0
+_TURN_WITHIN_S = 5.0
 _MOST_REMEMBERED = 256
 
 
 class NotFound(CondorError):
     """There is nothing at this address; the message says why, and where to look."""
+
+
+class Busy(QueryTimeout):
+    """Too much is asked for at once."""
+
+    def __init__(self) -> None:
+        CondorError.__init__(
+            self, "too many answers that take long are asked for at once; try again in a few seconds"
+        )
 
 
 class Context:
@@ -44,13 +54,13 @@ class Context:
         self.live = live
         self.readers = readers
         self.stream = Stream()
+        self.sending = Sending()
         announce(live, self.stream)
         self.metrics = Metrics(live)
         self.max_age_s = max(1, min(10, int(live.config.scoring.interval_s)))
         """How long a leaderboard is promised to hold, on the wall."""
-        self._threads = anyio.CapacityLimiter(_THREADS)
-        self._alone = anyio.CapacityLimiter(1)
-        self._making = anyio.CapacityLimiter(1)
+        self._threads = asyncio.Semaphore(_THREADS)
+        self._alone = asyncio.Semaphore(1)
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._ready: ReadyMade | None = None
         self._ready_for: Leaderboard | None = None
@@ -73,34 +83,31 @@ class Context:
                 self._models = await queries.models(self.readers)
             work = partial(make, leaderboard, self._models, connected, self.live.started_at_s, self.max_age_s)
             # Everybody waits for it: it waits for nobody's pages.
-            made = await anyio.to_thread.run_sync(work, limiter=self._making)
+            made = await anyio.to_thread.run_sync(work)
             self._ready, self._ready_for = made, leaderboard
             self._looked_at_s = asyncio.get_running_loop().time()
             self._ready_until_s = self._looked_at_s + _READY_FOR_S
             return made
 
     async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        """Run what takes more than a moment beside the event loop; few at once: the game needs the cores."""
-        return await anyio.to_thread.run_sync(partial(work, *args), limiter=self._threads)
+        """Run what takes more than a moment beside the event loop; few at once: the game needs the cores.
+
+        Raises Busy.
+        """
+        async with _turn(self._threads):
+            return await anyio.to_thread.run_sync(partial(work, *args))
 
     async def alone(self, work: Callable[[], T]) -> T:
         """The same for what may take seconds: one at a time, so that nothing else waits for it."""
-        return await anyio.to_thread.run_sync(work, limiter=self._alone)
+        async with _turn(self._alone):
+            return await anyio.to_thread.run_sync(work)
 
-    @asynccontextmanager
-    async def large(self) -> AsyncIterator[None]:
-        """For answers of thousands of rows, from the query to the body: few at once, so that their rows do
-        not fill the memory, and quick answers need not queue with them. Raises QueryTimeout.
+    def large(self) -> AbstractAsyncContextManager[None]:
+        """For answers of thousands of rows, from the query to the body, and those that nobody else will ask
+        for: few at once, so that their rows do not fill the memory, and quick answers need not queue with
+        them. Raises Busy.
         """
-        try:
-            async with asyncio.timeout(_LARGE_WITHIN_S):
-                await self._large.acquire()
-        except TimeoutError:
-            raise QueryTimeout(_LARGE_WITHIN_S) from None
-        try:
-            yield
-        finally:
-            self._large.release()
+        return _turn(self._large)
 
     async def rows(
         self,
@@ -131,14 +138,20 @@ class Context:
                 until_s, value = self._remembered.get(key, (0.0, None))
                 if now_s() >= until_s:
                     value = await ask()
+                    self._forget(now_s())
                     self._remembered.pop(key, None)
                     self._remembered[key] = (now_s() + for_s, value)
-                    if len(self._remembered) > _MOST_REMEMBERED:
-                        del self._remembered[next(iter(self._remembered))]
                 return value  # type: ignore[no-any-return]
         finally:
             if self._remembering.get(key) is lock and not lock.locked():
                 del self._remembering[key]
+
+    def _forget(self, now_s: float) -> None:
+        """What is over, and the oldest where there is too much."""
+        for key in [key for key, (until_s, _) in self._remembered.items() if now_s >= until_s]:
+            del self._remembered[key]
+        if len(self._remembered) >= _MOST_REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
 
     def _current(self) -> ReadyMade | None:
         made, now_s = self._ready, asyncio.get_running_loop().time()
@@ -149,6 +162,19 @@ class Context:
                 return None
             self._looked_at_s = now_s
         return made
+
+
+@asynccontextmanager
+async def _turn(room: asyncio.Semaphore) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(_TURN_WITHIN_S):
+            await room.acquire()
+    except TimeoutError:
+        raise Busy from None
+    try:
+        yield
+    finally:
+        room.release()
 
 
 def _drained(rows: list[T]) -> Iterator[T]:
