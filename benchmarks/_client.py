@@ -15,17 +15,20 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, takewhile
 from pathlib import Path
 
 import orjson
 
+_LAST_WITHIN_S = 15.0
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
 class Asked:
-    """What became of it. `latencies_s` by address without its query; `failed`: by what was wrong."""
+    """What became of it. `answered` within `seconds`; `latencies_s` by target without its query, also of what
+    was answered after that; `failed`: by what was wrong.
+    """
 
     seconds: float = 0.0
     answered: int = 0
@@ -47,7 +50,9 @@ class Asked:
 async def asking(
     port: int, connections: int, targets: Sequence[str], *, readers: int = 0, zipped: bool = False
 ) -> AsyncIterator[Asked]:
-    """Ask 127.0.0.1 within; the figures are there afterwards. All connections are open when it begins."""
+    """Ask 127.0.0.1 within; the figures are there afterwards. All connections are open when it begins, and
+    have their last answers when it ends.
+    """
     asked = Asked()
     how = {"port": port, "connections": connections, "targets": targets, "readers": readers, "zipped": zipped}
     process = await asyncio.create_subprocess_exec(
@@ -71,6 +76,7 @@ async def asking(
 
 class _Connection(asyncio.Protocol):
     def __init__(self, asked: Asked, targets: Iterator[tuple[str, bytes]]) -> None:
+        self.done = asyncio.Event()
         self._asked = asked
         self._targets = targets
         self._path = ""
@@ -97,16 +103,21 @@ class _Connection(asyncio.Protocol):
             self._left = int(head[at : (head.find(b"\r", at) + 1 or len(head) + 1) - 1])
         self._left -= len(data)
         if not self._left:
-            now_s = time.perf_counter()
             self._asked.answered += 1
-            self._asked.latencies_s[self._path].append(now_s - self._since_s)
+            self._asked.latencies_s[self._path].append(time.perf_counter() - self._since_s)
             self._ask()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._fail("connection lost")
+        if not self.done.is_set():
+            self.done.set()
+            self._fail("connection lost")
 
     def _ask(self) -> None:
-        self._path, request = next(self._targets)
+        if (target := next(self._targets, None)) is None:
+            self._transport.abort()
+            self.done.set()
+            return
+        self._path, request = target
         self._since_s = time.perf_counter()
         self._transport.write(request)
 
@@ -140,16 +151,22 @@ async def _run(port: int, connections: int, targets: list[str], readers: int, zi
             f"GET {address} HTTP/1.1\r\nHost: localhost\r\nAccept: {kind or '*/*'}\r\n{coding}\r\n".encode()
         )
 
-    requests = cycle([(target.partition("?")[0], request(target)) for target in targets])
+    endless = cycle([(target.partition("?")[0], request(target)) for target in targets])
+    requests = takewhile(lambda _: not ended.is_set(), endless)
     for _ in range(readers):
         await loop.create_connection(lambda: _Reader(asked, request("/events")), "127.0.0.1", port)
-    for _ in range(connections):
-        await loop.create_connection(lambda: _Connection(asked, requests), "127.0.0.1", port)
+    asking = [
+        (await loop.create_connection(lambda: _Connection(asked, requests), "127.0.0.1", port))[1]
+        for _ in range(connections)
+    ]
     print("asking", flush=True)
     asked.answered, started_s = 0, time.perf_counter()
     asked.latencies_s.clear()
     await ended.wait()
-    asked.seconds = time.perf_counter() - started_s
+    asked.seconds, answered = time.perf_counter() - started_s, asked.answered
+    # Else the server would still be at it when someone else is measured.
+    await asyncio.wait_for(asyncio.gather(*(one.done.wait() for one in asking)), _LAST_WITHIN_S)
+    asked.answered = answered
     print(orjson.dumps(asked).decode())
 
 

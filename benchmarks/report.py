@@ -371,21 +371,22 @@ MIX = (
     "text/html /rounds",
 )
 READERS = 32
-_ABANDONED_S = 6.0  # by then the server has given up what nobody waits for any more
 
 
 async def mixed(folder: Path) -> None:
     """All kinds of readers at once, on the file of a month."""
     _month(folder)
     print(f"mixed: half of it the leaderboard; {READERS} readers of /events; 64 connections, 5 s")
-    async with reporting(folder, board(MODELS, END_S), END_S) as (url, live):
-        async with asking(_port(url), 64, MIX, readers=READERS, zipped=True) as asked, watched() as beats:
-            cpu_s = time.process_time()
-            for _ in range(5):
-                await asyncio.sleep(1.0)
-                live.publish(board(MODELS, END_S))
-            cpu_s = time.process_time() - cpu_s
-        await asyncio.sleep(_ABANDONED_S)
+    async with (
+        reporting(folder, board(MODELS, END_S), END_S) as (url, live),
+        asking(_port(url), 64, MIX, readers=READERS, zipped=True) as asked,
+        watched() as beats,
+    ):
+        cpu_s = time.process_time()
+        for _ in range(5):
+            await asyncio.sleep(1.0)
+            live.publish(board(MODELS, END_S))
+        cpu_s = time.process_time() - cpu_s
     show(asked, cpu_s)
     row("", "", f"{beats}")
 

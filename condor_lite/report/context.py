@@ -28,8 +28,8 @@ T = TypeVar("T")
 _ROWS_ON_THE_LOOP = 100  # well under a millisecond; more are packed in a thread
 _READY_FOR_S = 10.0  # a changed name or deployment shows after this long at the latest
 _LOOK_EVERY_S = 0.25  # who is connected; looking takes as long as answering
-_THREADS = 2
-_LARGE_AT_ONCE = 2  # fewer than the database's readers: one is always there for what is quick
+_THREADS = 1  # two do no more in a second, and keep the interpreter from the event loop for longer
+_LARGE_AT_ONCE = 1
 _TURN_WITHIN_S = 5.0
 _MOST_REMEMBERED = 256
 
@@ -90,7 +90,7 @@ class Context:
             return made
 
     async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        """Run what takes more than a moment beside the event loop; few at once: the game needs the cores.
+        """Run what takes more than a moment beside the event loop, one after the other.
 
         Raises Busy.
         """
@@ -104,7 +104,7 @@ class Context:
 
     def large(self) -> AbstractAsyncContextManager[None]:
         """For answers of thousands of rows, from the query to the body, and those that nobody else will ask
-        for: few at once, so that their rows do not fill the memory, and quick answers need not queue with
+        for: one at a time, so that their rows do not fill the memory, and quick answers need not queue with
         them. Raises Busy.
         """
         return _turn(self._large)
