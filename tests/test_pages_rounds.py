@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import pytest
 
+from condor_lite.report.pages import round as round_page
 from tests.pages import blocks, links_lead_somewhere, page, text
 from tests.served import BTC_ROUND, CLOSED_ROUND, EVIL, OPEN_ROUND, START_S, VOID_ROUND, play, serve
 
@@ -134,3 +135,31 @@ async def test_the_same_address_answers_programs_in_json(tmp_path: Path) -> None
 async def test_an_empty_game_says_what_will_come(tmp_path: Path) -> None:
     async with serve(tmp_path) as game:
         assert "No round yet" in text(await page(game, "/rounds"))
+
+
+@pytest.mark.anyio
+async def test_of_many_models_some_are_shown_and_the_others_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(round_page, "_MOST_SHOWN", 2)
+    async with serve(tmp_path) as game:
+        await play(game)
+        address = f"/rounds/{BTC_ROUND}"
+
+        def rows(html: str) -> list[str]:
+            scores = html[html.index('id="round-scores"') :]
+            return [unescape(name) for name in re.findall(r'<th scope="row"><a [^>]*>([^<]*)</a>', scores)]
+
+        html = await page(game, address)
+        assert len(rows(html)) == 2
+        assert "2 of 3 models are shown" in text(html)
+        (anchor,) = re.findall(r"/docs#(\w+)", html)
+        assert f'id="{anchor}"' in await page(game, "/docs")
+        assert rows(await page(game, address, q="PLAIN")) == ["plain"]
+        html = await page(game, address, q="b/2", model="bench")
+        assert rows(html) == [EVIL]
+        assert [fan["name"] for fan in blocks(html)[0]["fans"]] == ["plain"]
+        assert '<input type="hidden" name="model" value="bench">' in html
+        html = await page(game, address, q='"><script>')
+        assert rows(html) == []
+        assert "No model has a name like this" in text(html)

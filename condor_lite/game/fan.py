@@ -18,7 +18,7 @@ MOST_PATHS = 4000
 
 _FEWEST_PATHS = 200
 _DRAWS = 2_000_000
-_DRAWS_AT_ONCE = 200_000
+_DRAWS_AT_ONCE = 50_000  # no step holds the interpreter for more than a few milliseconds
 _SEED = 1
 
 Draw = Callable[[np.random.Generator, Floats, Floats], Floats]

@@ -135,7 +135,8 @@ async def page(context: Context, sent: LeaderboardPageParams) -> Reply:
     made = await context.ready()
     make = partial(_page, context, made, sent)
     if sent.q:  # there is no end of these
-        return await make()
+        async with context.large():
+            return await make()
     return await context.remembered(("page", sent.window, sent.sort, sent.order), FOR_S, make)
 
 
