@@ -32,6 +32,8 @@ _SERVICES = {
     "backup": "copies the database every few hours, where the host wants that",
     "report": "serves these pages and the API",
     "control": "takes the host's commands",
+    "alarms": "notices troubles, for the webhook",
+    "webhook": "tells the host of troubles",
     "watchdog": "measures how late the event loop is",
 }
 
