@@ -659,7 +659,8 @@ def test_a_price_of_one_tick_of_age_is_not_fresh() -> None:
     assert np.isnan(realised.boundary_price).tolist() == [False, False, True, True, False, False]
     assert np.isfinite(realised.increments).tolist() == [True, False, False, False, True]
     assert realised.resolved == 2
-    assert realised.void_reason == "prices resolve only 2 of 5 segments"
+    why = "prices resolve only 2 of 5 segments; no price came for 180 s of the round"
+    assert realised.void_reason == why
     assert realise(prices, MINUTES, T0, 120, "log_return").void_reason is None
 
 
