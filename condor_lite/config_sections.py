@@ -362,6 +362,11 @@ class ReportConfig:
         "web pages from these origins may read the API",
         default=(),
     )
+    base_path: str = documented(
+        Kind("path of a URL", lambda value, _: _read_base_path(value), textual=True),
+        'where a reverse proxy shows it, such as `"/game"`: all links begin with this; `""`: at the top',
+        default="",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,6 +476,25 @@ def _read_symbols(value: Any) -> dict[str, str | dict[str, str]]:
 
 
 _WRITTEN = re.compile(r"[!-\"$-~]{1,2000}")
+
+
+OWN_PATHS = frozenset(
+    {
+        *("about", "docs", "events", "healthz", "leaderboard", "leaderboard.csv"),
+        *("metrics", "model", "models", "openapi.json", "prices", "readyz"),
+        *("reports", "rounds", "static", "statistics", "status", "version"),
+    }
+)
+"""What addresses of the report begin with."""
+
+
+def _read_base_path(value: Any) -> str:
+    path = value.rstrip("/") if isinstance(value, str) else None
+    if path is None or not re.fullmatch(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+){0,10}", path):
+        raise WrongValueError('must be a path such as "/game", of letters, digits, "-", "_", "." and "~"')
+    if path and (first := path.split("/")[1]) in OWN_PATHS:
+        raise WrongValueError(f'must not begin with "/{first}", which is an address of the report itself')
+    return path
 
 
 def _read_webhook(value: Any) -> str:

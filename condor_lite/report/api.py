@@ -130,9 +130,12 @@ def create_app(live: Live, readers: Readers) -> Starlette:
     ]
     routes.append(Route(bundle.ADDRESS, bundle.Bundle(context), methods=_METHODS))
     routes.append(Route("/static/{name}", Files(), methods=_METHODS))
+    middleware = [Middleware(_Cors, live)] if live.config.report.cors_origins else []
+    if live.config.report.base_path:
+        middleware.append(Middleware(_Under, live.config.report.base_path))
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(_Cors, live)] if live.config.report.cors_origins else [],
+        middleware=middleware,
         exception_handlers={HTTPException: http_failure, Exception: fault},
     )
     app.state.stream = context.stream
@@ -159,14 +162,29 @@ class _Cors(CORSMiddleware):
         return failure(self._live, "", 400, "not allowed", detail)
 
 
+class _Under:
+    """Takes the base path off an address, where a proxy has left it there."""
+
+    def __init__(self, app: ASGIApp, base_path: str) -> None:
+        self._app = app
+        self._base_path = base_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path == self._base_path or path.startswith(f"{self._base_path}/"):
+            scope = {**scope, "path": path.removeprefix(self._base_path) or "/"}
+        await self._app(scope, receive, send)
+
+
 async def _describe(context: Context) -> Reply:
-    title = context.live.config.game.name
-    return await context.in_thread(lambda: pack(document(ENDPOINTS, title), _DESCRIBED_FOR_S))
+    title, root = context.live.config.game.name, context.live.config.report.base_path
+    return await context.in_thread(lambda: pack(document(ENDPOINTS, title, root), _DESCRIBED_FOR_S))
 
 
 async def _show(context: Context) -> Reply:
-    title = context.live.config.game.name
-    api = await context.remembered("api", math.inf, lambda: context.in_thread(document, ENDPOINTS, title))
+    title, root = context.live.config.game.name, context.live.config.report.base_path
+    describe = partial(context.in_thread, document, ENDPOINTS, title, root)
+    api = await context.remembered("api", math.inf, describe)
     return await show(context, "docs.html", at="/docs", api=api, errors=REASONS.items())
 
 

@@ -76,8 +76,8 @@ _NEXT_PAGE: Json = {
 }
 
 
-def document(endpoints: Sequence[Endpoint], title: str) -> Json:
-    """The whole document."""
+def document(endpoints: Sequence[Endpoint], title: str, base_path: str = "") -> Json:
+    """The whole document. `base_path`: what all addresses begin with."""
     types = [endpoint.answer for endpoint in endpoints]
     types += [kind for endpoint in endpoints for kind in endpoint.failures.values()]
     types += [kind for endpoint in endpoints for kind in endpoint.events.values()]
@@ -95,7 +95,7 @@ def document(endpoints: Sequence[Endpoint], title: str) -> Json:
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": __version__, "description": _ABOUT},
-        "servers": [{"url": "/"}],
+        "servers": [{"url": base_path or "/"}],
         "tags": [{"name": name, "description": about} for name, about in FAMILIES.items()],
         "paths": {endpoint.url: {"get": _operation(endpoint, schemas)} for endpoint in endpoints},
         "components": {

@@ -2,7 +2,8 @@
 
 A page's module has a handler that gathers values on the event loop and lets `show` render them in a thread.
 In a template, an element with an `id` and `data-live="leaderboard round_scored ..."` is fetched anew when one
-of these events comes; `static/live.js` and `table.js` say what else pages can ask of the browser.
+of these events comes; `static/live.js` and `table.js` say what else pages can ask of the browser. Addresses
+begin with `{{ root }}`, which is `report.base_path`.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def render(
     source = live.config.feed.source
     text = _templates.get_template(template).render(
         game=live.config.game.name,
+        root=live.config.report.base_path,
         synthetic=source == ("synthetic",),
         replayed=source == ("replay",),
         program=__version__,

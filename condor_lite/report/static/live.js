@@ -154,7 +154,7 @@
 
   function connect() {
     if (source) source.close();
-    source = new EventSource("/events");
+    source = new EventSource(`${document.documentElement.dataset.root}/events`);
     source.addEventListener("open", () => {
       say(true);
       if (lost) refresh("reset");
