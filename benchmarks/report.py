@@ -73,7 +73,7 @@ LEADERBOARD = "/reports/leaderboard"
 RANKED = 500
 CONNECTIONS = (64, 256)
 TURNS = 3
-TURN_S = 0.7
+TURN_S = 0.5
 
 MODELS, ROUNDS, ASSETS = 100, 50_000, ("BTC", "ETH", "SOL", "XAU")
 DAY_S = 86400
@@ -418,7 +418,7 @@ async def rounds(folder: Path) -> None:
     async with (
         FleetProcess(100) as fleet,
         playing(
-            fleet.port, prepare=partial(fill, models=MODELS, rounds=5_000, start_s=_month_ago_s())
+            fleet.port, prepare=partial(fill, models=MODELS, rounds=2_500, start_s=_month_ago_s())
         ) as game,
         serving(game, board(RANKED, int(time.time()), 10_001)) as port,
     ):
