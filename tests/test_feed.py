@@ -26,6 +26,7 @@ from condor_lite.config import (
     ReportConfig,
     ScoringConfig,
     StorageConfig,
+    WebhookConfig,
 )
 from condor_lite.errors import ConfigError, StartError, StorageUnavailable
 from condor_lite.game.entities import Setting
@@ -56,6 +57,7 @@ def configure(*assets: str, horizon_s: int = HOUR_S, **feed: object) -> Config:
         ScoringConfig(),
         StorageConfig(),
         BackupConfig(),
+        WebhookConfig(),
         ReportConfig(),
         LogConfig(),
     )

@@ -29,6 +29,7 @@ from condor_lite.config import (
     ReportConfig,
     ScoringConfig,
     StorageConfig,
+    WebhookConfig,
 )
 from condor_lite.errors import StartError
 from condor_lite.game.entities import Setting
@@ -50,6 +51,7 @@ def config_in(tmp_path, **orchestrator):
         ScoringConfig(),
         StorageConfig(),
         BackupConfig(),
+        WebhookConfig(),
         ReportConfig(),
         LogConfig(),
     )
