@@ -10,6 +10,7 @@ import queue
 import sys
 import threading
 from collections.abc import MutableMapping
+from functools import partial
 from typing import Any, TextIO
 
 import orjson
@@ -50,10 +51,15 @@ class _Writer:
         else:
             render = [
                 structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-                structlog.dev.ConsoleRenderer(colors=self._stream.isatty(), pad_event_to=18, sort_keys=False),
+                structlog.dev.ConsoleRenderer(
+                    colors=self._stream.isatty(),
+                    pad_event_to=18,
+                    sort_keys=False,
+                    exception_formatter=structlog.dev.plain_traceback,
+                ),
             ]
         structlog.configure(
-            processors=[structlog.processors.add_log_level, *render],
+            processors=[structlog.processors.add_log_level, partial(_rendered, render)],
             wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[config.level]),
             logger_factory=structlog.WriteLoggerFactory(self),  # type: ignore[arg-type]
             cache_logger_on_first_use=False,
@@ -90,6 +96,18 @@ def configure(config: LogConfig, stream: TextIO | None = None) -> _Writer:
     writer = _Writer(stream if stream is not None else sys.stdout)
     writer.set_up(config)
     return writer
+
+
+def _rendered(render: list[Any], logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
+    """The line. Nobody must die of logging an error: without descriptors or memory a traceback may fail."""
+    what = event.get("event")
+    try:
+        line: Any = event
+        for step in render:
+            line = step(logger, name, line)
+    except Exception as error:
+        return f"{name}: {what} (the rest can't be shown: {error})"
+    return str(line)
 
 
 def _json(logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
