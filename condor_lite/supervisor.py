@@ -19,7 +19,7 @@ from condor_lite.backup import Backups
 from condor_lite.clock import Clock, GameClock
 from condor_lite.config import Config
 from condor_lite.control import Control
-from condor_lite.errors import CondorError
+from condor_lite.errors import CondorError, StorageUnavailable
 from condor_lite.game.entities import Leaderboard, Round
 from condor_lite.models.orchestrator import Orchestrator
 from condor_lite.news import LeaderboardMade, LoopLate, News, PricesCame, ServiceRestarted, Tell
@@ -46,6 +46,7 @@ log = structlog.get_logger()
 
 _RESTART_FIRST_S = 1.0
 _RESTART_MOST_S = 60.0
+_RESTART_MOST_UNSTORED_S = 5.0  # a disk that was full is tried again soon, however long it was full
 _HEALTHY_AFTER_S = 60.0
 _STORE_WAIT_S = 3.0
 _TO_DO = {
@@ -103,6 +104,8 @@ class Service:
                             raise
                         if time.monotonic() - started_s > _HEALTHY_AFTER_S:
                             pause_s = _RESTART_FIRST_S
+                        if isinstance(error, StorageUnavailable):
+                            pause_s = min(pause_s, _RESTART_MOST_UNSTORED_S)
                         self.failure = f"{type(error).__name__}: {error}"
                         self.restarts += 1
                         self.changed_s = time.monotonic()

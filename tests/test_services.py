@@ -14,6 +14,7 @@ import structlog
 
 from condor_lite import config as configuration
 from condor_lite import supervisor
+from condor_lite.errors import StorageUnavailable
 from condor_lite.supervisor import Game, Service, playing
 from tests.stage import until
 
@@ -40,6 +41,10 @@ workers = 1
 [backup]
 every = "6h"
 
+[webhook]
+url = "http://127.0.0.1:9/"
+secret = "a secret of the test's own, long enough"
+
 [orchestrator]
 port = 0
 
@@ -60,6 +65,8 @@ SERVICES = {
     "report",
     "watchdog",
     "backup",
+    "alarms",
+    "webhook",
 }
 
 
@@ -164,3 +171,28 @@ async def until_held(game: Game, count: int) -> None:
 async def until_ready(game: Game) -> None:
     while (await ready(game))[0] != 200:  # noqa: ASYNC110 - neither has this
         await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(("error", "longest_s"), [(RuntimeError, 0.08), (StorageUnavailable, 0.02)])
+async def test_a_disk_that_is_full_for_long_is_tried_again_soon(
+    error: type[Exception], longest_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_RESTART_FIRST_S", 0.01)
+    monkeypatch.setattr(supervisor, "_RESTART_MOST_UNSTORED_S", 0.02)
+    tries = 0
+
+    async def fails() -> None:
+        nonlocal tries
+        tries += 1
+        if tries > 4:
+            await asyncio.Event().wait()
+        raise error("the disk is full")
+
+    with structlog.testing.capture_logs() as logs:
+        service = Service("score", fails, lambda event: None)
+        running = asyncio.create_task(service.serve())
+        await until(lambda: tries > 4)
+        await service.stop()
+        await running
+    pauses_s = [line["restart_in_s"] for line in logs if line["event"] == "service_failed"]
+    assert pauses_s == [min(0.01 * 2**failure, longest_s) for failure in range(4)]
