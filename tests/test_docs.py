@@ -12,6 +12,7 @@ from condor_lite.prices.sources import LIVE
 from condor_lite.report.api import ENDPOINTS, PAGES
 from condor_lite.report.events import EVENTS
 from condor_lite.storage import exports
+from tests.torture.faults import FAULTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,3 +64,9 @@ def test_every_column_of_an_export_is_in_the_readme() -> None:
         row = next(line for line in about.splitlines() if line.startswith(f"| `{kind}` |"))
         listed = re.findall(r"`(\w+)`", row.split("|")[3])
         assert listed == [column.name for column, _ in selected]
+
+
+def test_every_fault_of_the_torture_run_is_in_the_readme_and_the_other_way_round() -> None:
+    table = README.split("### Faults tried")[1].split("\n### ")[0]
+    listed = re.findall(r"^\| (.*?) \| .* \|$", table, flags=re.MULTILINE)[2:]
+    assert set(listed) == {fault.__doc__ for faults in FAULTS.values() for fault in faults}

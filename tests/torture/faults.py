@@ -1,0 +1,299 @@
+"""What is done to a game, one function a fault. Each undoes what it did, and returns what it saw go wrong."""
+
+from __future__ import annotations
+
+import random
+import resource
+import signal
+import socket
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+
+import psutil
+
+from tests.test_program import catches
+from tests.torture.worlds import SPEED, Live, Replayed, World
+
+_SAID_WITHIN_S = 30.0
+
+
+class Impossible(Exception):
+    """This machine doesn't permit this fault; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spell:
+    """How a fault is to be: for how long (wall), and at which moments."""
+
+    span_s: float
+    moments: random.Random
+
+
+Fault = Callable[[World, Spell], list[str]]
+
+
+def _endured(world: World, spell: Spell, said: str) -> list[str]:
+    """Wait until /readyz says it, and then for the span."""
+    until_s = time.monotonic() + _SAID_WITHIN_S
+    while said not in world.problems():
+        if time.monotonic() > until_s:
+            return [f"/readyz did not say {said!r} within {_SAID_WITHIN_S:g} s"]
+        time.sleep(0.05)
+    time.sleep(spell.span_s)
+    return []
+
+
+def _asked_meanwhile(world: World, spell: Spell, from_s: int, end: Callable[[], object]) -> list[str]:
+    """End a fault that keeps the game from writing, and see that it asked all the time, and stored that."""
+    end()
+    last_s = from_s + spell.span_s * SPEED
+    until_s = time.monotonic() + _SAID_WITHIN_S
+    while world.newest_round_s() <= last_s and time.monotonic() < until_s:
+        time.sleep(0.05)
+    with closing(world.books.open()) as db:
+        (held,) = db.execute(
+            "SELECT count(*) FROM round WHERE status IN ('closed', 'scored') AND answered > 0"
+            " AND scheduled_at_s > ? AND scheduled_at_s <= ?",
+            (from_s, last_s),
+        ).fetchone()
+    return [] if held else ["no round that was held meanwhile was stored afterwards"]
+
+
+def kill(world: World, spell: Spell) -> list[str]:
+    """kill -9 of the game"""
+    world.run.end(signal.SIGKILL)
+    world.books.note_killed()
+    world.start()
+    return []
+
+
+def kill_worker(world: World, spell: Spell) -> list[str]:
+    """kill -9 of a scoring process"""
+    return _kill_child(world, "spawn_main")
+
+
+def kill_model(world: World, spell: Spell) -> list[str]:
+    """kill -9 of a model"""
+    return _kill_child(world, "condor_lite.models.host")
+
+
+def _kill_child(world: World, part: str) -> list[str]:
+    process = world.child(part)
+    if process is None:
+        return [f"there is no process {part}"]
+    process.kill()
+    gone = time.monotonic() + _SAID_WITHIN_S
+    while (now := world.child(part)) is None or now == process:
+        if time.monotonic() > gone:
+            return [f"there is no other process {part}"]
+        time.sleep(0.02)
+    return []
+
+
+def cut_orchestrator(world: World, spell: Spell) -> list[str]:
+    """the connection to the orchestrator cut"""
+    try:
+        return [] if world.cut() else ["there is no connection to the orchestrator"]
+    except PermissionError as error:
+        raise Impossible(f"a process's descriptors can't be had here: {error}") from None
+
+
+def stopped(world: World, spell: Spell) -> list[str]:
+    """SIGSTOP, and SIGCONT later"""
+    world.run.process.send_signal(signal.SIGSTOP)
+    time.sleep(spell.span_s)
+    world.run.process.send_signal(signal.SIGCONT)
+    return []
+
+
+def terminate(world: World, spell: Spell) -> list[str]:
+    """SIGTERM while it plays, and again while it starts"""
+    wrong = []
+    if code := world.run.end():
+        wrong.append(f"exit code {code} after SIGTERM")
+    with closing(world.books.open()) as db:
+        if left := db.execute("SELECT count(*) FROM round WHERE status = 'open'").fetchone()[0]:
+            wrong.append(f"{left} rounds are open after an orderly end")
+    world.start()
+    time.sleep(spell.moments.uniform(0.1, 3.0))
+    unready = not catches(world.run.process.pid, signal.SIGTERM)
+    code = world.run.end()
+    if code and not (unready and code == -signal.SIGTERM):
+        wrong.append(f"exit code {code} after SIGTERM during the start")
+    world.start()
+    return wrong
+
+
+def terminate_locked(world: World, spell: Spell) -> list[str]:
+    """SIGTERM while the database is locked"""
+    with closing(sqlite3.connect(world.books.path, isolation_level=None, timeout=30)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        wrong = _endured(world, Spell(0.0, spell.moments), "another process holds the database")
+        if (code := world.run.end()) != 1:
+            wrong.append(f"exit code {code} after SIGTERM with answers that can't be stored")
+    world.start()
+    return wrong
+
+
+def locked(world: World, spell: Spell) -> list[str]:
+    """the database locked by another process"""
+    with closing(sqlite3.connect(world.books.path, isolation_level=None, timeout=30)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        from_s = world.newest_round_s()
+        wrong = _endured(world, spell, "another process holds the database")
+        return wrong + _asked_meanwhile(world, spell, from_s, lambda: other.execute("ROLLBACK"))
+
+
+def disk_full(world: World, spell: Spell) -> list[str]:
+    """the disk full, and room again"""
+    if world.disk.problem is not None:
+        raise Impossible(f"no file system can be mounted here: {world.disk.problem}")
+    with closing(sqlite3.connect(world.books.path, timeout=30)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else there is room for a while in the log
+    world.disk.fill()
+    try:
+        from_s = world.newest_round_s()
+        wrong = _endured(world, spell, "the database can't be written")
+        return wrong + _asked_meanwhile(world, spell, from_s, world.disk.free)
+    finally:
+        world.disk.free()
+
+
+def read_only(world: World, spell: Spell) -> list[str]:
+    """the file made read-only (chattr +i), and writable again"""
+    files = [str(world.books.path), f"{world.books.path}-wal"]
+    try:
+        said = subprocess.run(["chattr", "+i", *files], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise Impossible(str(error)) from None
+    if said.returncode:
+        raise Impossible(f"an open file can't be made read-only here: {said.stderr.strip()}")
+
+    def free() -> None:
+        subprocess.run(["chattr", "-i", *files], check=True)
+
+    try:
+        from_s = world.newest_round_s()
+        wrong = _endured(world, spell, "the database can't be written")
+        return wrong + _asked_meanwhile(world, spell, from_s, free)
+    finally:
+        free()
+
+
+def pool_memory(world: World, spell: Spell) -> list[str]:
+    """no more memory for a scoring process (RLIMIT_AS)"""
+    process = world.child("spawn_main")
+    if process is None:
+        return ["there is no scoring process"]
+    soft, hard = process.rlimit(resource.RLIMIT_AS)
+    process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms, hard))
+    time.sleep(spell.span_s)
+    with suppress(psutil.NoSuchProcess):
+        process.rlimit(resource.RLIMIT_AS, (soft, hard))
+    return []
+
+
+def descriptors(world: World, spell: Spell) -> list[str]:
+    """no more file descriptors for the game, with visitors at its port and a scoring process killed"""
+    game = psutil.Process(world.run.process.pid)
+    soft, hard = game.rlimit(resource.RLIMIT_NOFILE)
+    game.rlimit(resource.RLIMIT_NOFILE, (game.num_fds(), hard))
+    with ExitStack() as visitors:
+        for _ in range(20):
+            with suppress(OSError):
+                visitors.enter_context(socket.create_connection(("127.0.0.1", world.run.port), 2))
+        if worker := world.child("spawn_main"):
+            worker.kill()
+        time.sleep(spell.span_s)
+    game.rlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return []
+
+
+def port_taken(world: World, spell: Spell) -> list[str]:
+    """its port taken by another program when it starts"""
+    wrong = []
+    world.run.end()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        world.start(CONDOR_LITE__REPORT__PORT=str(port))
+        if (code := world.run.process.wait(30)) != 2:
+            wrong.append(f"exit code {code} where the port is taken")
+        if f"{port}" not in world.run.console.read_text()[-500:]:
+            wrong.append("its last line does not name the port")
+    world.start()
+    return wrong
+
+
+def clock_forward(world: World, spell: Spell) -> list[str]:
+    """the machine's clock set forward, and right again"""
+    world.set_wall(spell.span_s)
+    time.sleep(2.0)
+    world.set_wall(0.0)
+    return []
+
+
+def clock_back(world: World, spell: Spell) -> list[str]:
+    """the machine's clock set back, and right again"""
+    world.set_wall(-spell.span_s)
+    wrong = _endured(world, Spell(1.0, spell.moments), "the machine's clock was set back")
+    world.set_wall(0.0)
+    return wrong
+
+
+def feed_gone(world: World, spell: Spell) -> list[str]:
+    """the source of prices gone"""
+    assert isinstance(world, Live)
+    world.no_prices()
+    try:
+        return _endured(world, spell, "has no fresh price")
+    finally:
+        world.prices.outage = None
+
+
+def orchestrator_gone(world: World, spell: Spell) -> list[str]:
+    """the orchestrator gone, while its models stay"""
+    assert isinstance(world, Live)
+    newest_s = world.newest_round_s()
+    world.do(world.orchestrator.stop())
+    try:
+        wrong = _endured(world, spell, "the orchestrator is not connected")
+        until_s = time.monotonic() + _SAID_WITHIN_S
+        while world.newest_round_s() <= newest_s:
+            if time.monotonic() > until_s:
+                return [*wrong, "no round was answered without an orchestrator"]
+            time.sleep(0.05)
+        return wrong
+    finally:
+        world.do(world.orchestrator.start())
+
+
+FAULTS: dict[type[World], tuple[Fault, ...]] = {
+    Replayed: (
+        kill_model,
+        cut_orchestrator,
+        kill_worker,
+        stopped,
+        locked,
+        disk_full,
+        read_only,
+        pool_memory,
+        descriptors,
+        kill,
+        terminate,
+        terminate_locked,
+        port_taken,
+    ),
+    Live: (
+        feed_gone,
+        orchestrator_gone,
+        clock_forward,
+        clock_back,
+        stopped,
+        kill,
+        terminate,
+    ),
+}
