@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,6 +26,7 @@ from condor_lite.report.connections import SECURITY_HEADERS
 from condor_lite.report.events import EVENTS
 from condor_lite.report.stream import Stream
 from condor_lite.supervisor import playing
+from tests.pages import page
 from tests.served import START_S, Game, serve
 from tests.stage import until
 from tests.test_whole_game import BUNDLED, SETTINGS, ready
@@ -85,11 +87,11 @@ class Reader:
 
 
 @asynccontextmanager
-async def reading(url: str, last_event_id: str | None = None) -> AsyncIterator[Reader]:
+async def reading(url: str, last_event_id: str | None = None, **query: str) -> AsyncIterator[Reader]:
     headers = {"last-event-id": last_event_id} if last_event_id is not None else {}
     async with (
         httpx.AsyncClient(base_url=url, timeout=20) as client,
-        client.stream("GET", "/events", headers=headers) as response,
+        client.stream("GET", "/events", headers=headers, params=query) as response,
     ):
         assert response.status_code == 200
         reader = Reader(response)
@@ -296,3 +298,18 @@ async def test_a_listener_that_fails_is_not_the_tellers_trouble() -> None:
     news.listen(ModelJoined, heard.append)
     news.tell(joined("a"))
     assert heard == [joined("a")]
+
+
+async def test_what_happens_while_a_page_is_on_its_way_is_told_to_it(game: Game) -> None:
+    game.live.news.tell(joined("early"))
+    for path in ("/", "/rounds", "/prices", "/status"):
+        (since,) = re.findall('data-since="([^"]+)"', await page(game, path))
+        game.live.news.tell(joined("late"))
+        async with reading(game.server.url, after=since) as reader:
+            assert [(await reader.event())[2]["model_id"]] == ["late"]
+            newest = reader.last_id
+        async with reading(game.server.url, newest, after=since) as reader:  # as a browser comes back
+            game.live.news.tell(joined("later"))
+            assert [(await reader.event())[2]["model_id"]] == ["later"]
+    async with reading(game.server.url, after="of an earlier start-3") as reader:
+        assert await reader.names(1) == ["reset"]

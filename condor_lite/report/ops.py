@@ -81,6 +81,10 @@ class EventsParams:
         default=None,
         metadata=params.header("Last-Event-ID", "what a client got last: it is sent all that it missed"),
     )
+    after: str | None = field(
+        default=None,
+        metadata=params.word("the same where a client can't send the header"),
+    )
 
 
 async def events(context: Context, sent: EventsParams) -> EventStream:
@@ -89,4 +93,4 @@ async def events(context: Context, sent: EventsParams) -> EventStream:
     Each has the name of one of the kinds below, and one JSON object as its data. A client that comes back is
     sent what it missed; where that is too much, or the program was started anew, `reset`.
     """
-    return context.stream.open(sent.last_event_id)
+    return context.stream.open(sent.last_event_id or sent.after)

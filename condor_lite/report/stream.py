@@ -64,6 +64,11 @@ class Stream:
         """How many there are."""
         return len(self._readers)
 
+    @property
+    def newest(self) -> str:
+        """The id of the newest event: what is read from now on holds all that came up to it."""
+        return self._id(self._newest).decode()
+
     def publish(self, event: str, data: object) -> None:
         """Give every reader this event, soon. `data`: what orjson takes."""
         self._newest += 1

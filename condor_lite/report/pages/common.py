@@ -50,14 +50,26 @@ class Page:
 
 
 async def show(
-    context: Context, template: str, *, at: str = "", max_age_s: int = FOR_S, **values: object
+    context: Context,
+    template: str,
+    *,
+    at: str = "",
+    max_age_s: int = FOR_S,
+    since: str | None = None,
+    **values: object,
 ) -> Reply:
-    """A page, rendered in a thread. `at`: the address in the navigation that it belongs to."""
+    """A page, rendered in a thread. `at`: the address in the navigation that it belongs to; `since`: the
+    newest event when its values were read, None: just now; the browser asks for those that came after it.
+    """
     live = context.live
+    since = since or context.stream.newest
     problems = list(live.problems())
-    return await context.in_thread(
-        lambda: pack(render(live, template, at=at, problems=problems, **values), max_age_s, media_type=HTML)
-    )
+
+    def work() -> Reply:
+        html = render(live, template, at=at, since=since, problems=problems, **values)
+        return pack(html, max_age_s, media_type=HTML)
+
+    return await context.in_thread(work)
 
 
 def compile_templates() -> None:
@@ -67,7 +79,13 @@ def compile_templates() -> None:
 
 
 def render(
-    live: Live, template: str, *, at: str = "", problems: Sequence[Problem] = (), **values: object
+    live: Live,
+    template: str,
+    *,
+    at: str = "",
+    since: str = "",
+    problems: Sequence[Problem] = (),
+    **values: object,
 ) -> bytes:
     """The page's HTML. Everything that is put into a template is escaped."""
     source = live.config.feed.source
@@ -79,6 +97,7 @@ def render(
         program=__version__,
         nav=_NAV,
         at=at,
+        since=since,
         problems=problems,
         now_s=live.clock.now(),
         speed=live.clock.speed,

@@ -132,15 +132,16 @@ class NextRound:
 
 async def page(context: Context, sent: LeaderboardPageParams) -> Reply:
     """The leaderboard in the order of one window, and the state of the game."""
+    since = context.stream.newest
     made = await context.ready()
-    make = partial(_page, context, made, sent)
+    make = partial(_page, context, made, sent, since)
     if sent.q:  # there is no end of these
         async with context.large():
             return await make()
     return await context.remembered(("page", sent.window, sent.sort, sent.order), FOR_S, make)
 
 
-async def _page(context: Context, made: ReadyMade, sent: LeaderboardPageParams) -> Reply:
+async def _page(context: Context, made: ReadyMade, sent: LeaderboardPageParams, since: str) -> Reply:
     live, readers = context.live, context.readers
     now_s = live.clock.now()
     past = await context.remembered("history", _LOOK_BACK_FOR_S, partial(_history, context, now_s))
@@ -152,6 +153,7 @@ async def _page(context: Context, made: ReadyMade, sent: LeaderboardPageParams) 
         context,
         "leaderboard.html",
         at="/",
+        since=since,
         window=sent.window,
         windows=list(reversed(Window)),
         sort=sent.sort,

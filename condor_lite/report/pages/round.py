@@ -41,16 +41,17 @@ class Line:
 
 async def page(context: Context, sent: RoundPageParams) -> Reply:
     """One round with its picture; `model` chooses whose forecasts are in it, `q` who is in the table."""
+    since = context.stream.newest
     row = await find_round(context, sent.round_id)
     wanted = sent.model[: picture.MOST_FANS]
     if sent.q:  # there is no end of these
         async with context.large():
-            return await _page(context, row, wanted, sent.q)
+            return await _page(context, row, wanted, sent.q, since)
     key = ("round", row["round_no"], wanted)
-    return await context.remembered(key, FOR_S, partial(_page, context, row, wanted, ""))
+    return await context.remembered(key, FOR_S, partial(_page, context, row, wanted, "", since))
 
 
-async def _page(context: Context, row: Row, wanted: Sequence[str], q: str) -> Reply:
+async def _page(context: Context, row: Row, wanted: Sequence[str], q: str, since: str) -> Reply:
     config, now_s = context.live.config, context.live.clock.now()
     answers = await queries.round_answers(context.readers, row["round_no"])
     seen = await picture.outcome(context, row)
@@ -61,6 +62,7 @@ async def _page(context: Context, row: Row, wanted: Sequence[str], q: str) -> Re
         context,
         "round.html",
         at="/rounds",
+        since=since,
         round=row,
         round_id=round_id(row),
         segments=row["horizon_s"] // row["step_s"],

@@ -144,6 +144,7 @@
   const state = document.getElementById("connection");
   let source = null;
   let lost = false;
+  let newest = root.dataset.since; // what came after it, while the page was on its way, comes first
 
   const say = (live) => {
     const text = live ? "live" : "reconnecting …";
@@ -154,7 +155,7 @@
 
   function connect() {
     if (source) source.close();
-    source = new EventSource(`${document.documentElement.dataset.root}/events`);
+    source = new EventSource(`${root.dataset.root}/events?after=${encodeURIComponent(newest)}`);
     source.addEventListener("open", () => {
       say(true);
       if (lost) refresh("reset");
@@ -167,6 +168,7 @@
     });
     for (const name of EVENTS) {
       source.addEventListener(name, (event) => {
+        newest = event.lastEventId;
         document.dispatchEvent(new CustomEvent(`condor:${name}`, { detail: JSON.parse(event.data) }));
         refresh(name);
       });
