@@ -63,9 +63,9 @@ class Webhook:
         async with await asyncio.to_thread(_client) as client:  # reading the certificates takes a moment
             try:
                 while True:
+                    await self._deliver_all(client)
                     await self._came.wait()
                     self._came.clear()
-                    await self._deliver_all(client)
             finally:
                 if self._waiting:
                     log.warning("webhook_not_delivered", messages=len(self._waiting), host=self._host)

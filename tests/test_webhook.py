@@ -200,6 +200,24 @@ async def test_a_message_that_nobody_takes_for_a_day_lets_the_next_one_go(
     ]
 
 
+async def test_a_sender_that_is_started_again_delivers_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(*args: object) -> None:
+        raise RuntimeError("injected")
+
+    async with receiving() as receiver:
+        webhook = Webhook(WebhookConfig(receiver.url, SECRET))
+        webhook.put("a", b"1")
+        with monkeypatch.context() as broken:
+            broken.setattr(webhook, "_try", fails)
+            with pytest.raises(RuntimeError):
+                await webhook.run()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(webhook.run)
+            await until(lambda: not webhook.waiting)
+            tasks.cancel_scope.cancel()
+    assert receiver.told() == [1]
+
+
 # What is told
 
 
