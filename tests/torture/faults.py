@@ -238,7 +238,7 @@ def clock_forward(world: World, spell: Spell) -> list[str]:
 
 def clock_back(world: World, spell: Spell) -> list[str]:
     """the machine's clock set back, and right again"""
-    world.set_wall(-spell.span_s)
+    world.set_wall(-10 * spell.span_s)  # so that there is time to see what it says
     wrong = _endured(world, Spell(1.0, spell.moments), "the machine's clock was set back")
     world.set_wall(0.0)
     return wrong
@@ -249,7 +249,7 @@ def feed_gone(world: World, spell: Spell) -> list[str]:
     assert isinstance(world, Live)
     world.no_prices()
     try:
-        return _endured(world, spell, "has no fresh price")
+        return _endured(world, spell, "the newest price is")
     finally:
         world.prices.outage = None
 
