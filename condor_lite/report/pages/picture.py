@@ -104,9 +104,10 @@ async def choose(
     """The fans of the wanted models, or of the best, the median and the worst; only of a scored round."""
     scored = [answer for answer in answers if answer["raw"] is not None]
     roles: dict[str, str] = {}
-    for place, role in ((-1, "worst"), (len(scored) // 2, "median"), (0, "best")):
-        if scored:
-            roles[scored[place]["model_id"]] = role
+    if scored:
+        median_one = min(scored, key=lambda answer: abs(answer["score"] or 0.0))
+        for answer, role in ((median_one, "median"), (scored[-1], "worst"), (scored[0], "best")):
+            roles[answer["model_id"]] = role
     if wanted:
         asked = set(wanted[:MOST_FANS])
         models = [answer for answer in answers if answer["model_id"] in asked]

@@ -43,7 +43,7 @@
     gridcolor: colours.line, linecolor: colours.line, zerolinecolor: colours.strong, tickcolor: colours.line,
     automargin: true, fixedrange: true, ...more,
   });
-  const timeAxis = (more) => axis({ type: "date", showgrid: false, nticks: phone.matches ? 4 : 8, hoverformat: "%b %-d, %H:%M:%S", ...more });
+  const timeAxis = (more) => axis({ type: "date", showgrid: false, nticks: phone.matches ? 3 : 8, tickangle: 0, hoverformat: "%b %-d, %H:%M:%S", ...more });
   const layout = (more) => ({
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",

@@ -1,0 +1,441 @@
+"""The pages in a real browser: Chromium, on a game of a program that runs 60 times faster than time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import axe_playwright_python
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, expect, sync_playwright
+
+import condor_lite
+from tests.served import EVIL
+from tests.test_program import Program, program
+
+START_S = 1_700_000_400
+LIMIT_MS = 30_000  # what comes by itself comes within seconds; this is for a machine with much to do
+
+CONFIG = """
+[game]
+name = "Browser"
+speed = 60
+start = "2023-11-14T22:20:00Z"
+
+[[game.settings]]
+assets = ["BTC", "ETH"]
+horizon = "5m"
+step = "1m"
+interval = "2m"
+
+[[game.settings]]
+assets = ["BTC"]
+horizon = "1h"
+step = "10m"
+interval = "20m"
+
+[feed]
+source = "replay"
+path = "prices"
+history = "30m"
+
+[scoring]
+interval = "1s"
+snapshot_interval = "10s"
+workers = 1
+
+[orchestrator]
+port = 0
+"""
+
+# What a page is called here, and whether there is a chart on it.
+PAGES = {
+    "leaderboard": False,
+    "model": True,
+    "evil model": True,
+    "rounds": False,
+    "scored round": True,
+    "void round": True,
+    "closed round": True,
+    "prices": True,
+    "status": False,
+    "about": False,
+    "docs": False,
+    "no such page": False,
+    "no such round": False,
+}
+
+AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
+
+
+class Site:
+    """The game's pages, of which some only come into being as it is played."""
+
+    def __init__(self, run: Program) -> None:
+        self.run = run
+
+    @property
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self.run.port}"
+
+    def round_id(self, status: str, horizon_s: int = 300) -> str:
+        """The newest of these."""
+
+        def found() -> list[str]:
+            rounds = self.run.get(f"/rounds?status={status}")
+            return [row["round_id"] for row in rounds if row["horizon"] == horizon_s]
+
+        return str(self.run.until(found)[0])
+
+    def path(self, name: str) -> str:
+        known: dict[str, Callable[[], str]] = {
+            "leaderboard": lambda: "/",
+            "model": lambda: "/models/student_t",
+            "evil model": lambda: "/models/evil",
+            "scored round": lambda: f"/rounds/{self.round_id('scored')}",
+            "void round": lambda: f"/rounds/{self.round_id('void')}",
+            "closed round": lambda: f"/rounds/{self.round_id('closed', 3600)}",
+            "no such page": lambda: "/nowhere",
+            "no such round": lambda: "/rounds/nothing",
+        }
+        return known[name]() if name in known else f"/{name}"
+
+
+def chromium() -> str:
+    """Where it is; without it the tests are skipped, except in CI, which must have it."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    if os.environ.get("CI"):
+        pytest.fail("no chromium: .ci/run installs it, so see why it could not")
+    pytest.skip("needs chromium (Debian: apt install chromium)")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = chromium()
+    with sync_playwright() as playwright:
+        expect.set_options(timeout=LIMIT_MS)
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("browser")
+    (folder / "config.toml").write_text(CONFIG)
+    examples = Path(condor_lite.__file__).parent / "models" / "examples"
+    for name in ("constant_normal", "student_t", "empirical"):
+        shutil.copytree(examples / name, folder / "models" / name)
+    evil = folder / "models" / "evil"
+    evil.mkdir()
+    shutil.copy(examples / "student_t" / "main.py", evil)
+    (evil / "model.toml").write_text(
+        f'name = "{EVIL}"\ncruncher_id = "mallory"\ncruncher_name = "<img src=x onerror=alert(2)>"\n'
+    )
+    write_recording(folder / "prices")
+    return folder
+
+
+def write_recording(folder: Path) -> None:
+    """15 hours, of which the game starts in the second. ETH is silent at times, so that rounds are void."""
+    folder.mkdir()
+    generator = np.random.default_rng(1)
+    for asset, level, width in (("BTC", 30_000, 4e-4), ("ETH", 1700, 1e-3)):
+        prices = level * np.exp(np.cumsum(generator.standard_t(3, 900) * width))
+        rows = [
+            f"{START_S + 60 * (minute - 60)},{price:.9g}"
+            for minute, price in enumerate(prices)
+            if asset != "ETH" or minute % 40 not in range(24, 30)
+        ]
+        (folder / f"{asset}.csv").write_text("timestamp,close\n" + "\n".join(rows) + "\n")
+
+
+@pytest.fixture(scope="module")
+def site(folder: Path, browser: Browser) -> Iterator[Site]:
+    """A game in which something has happened."""
+    with ExitStack() as stack:
+        site = Site(stack.enter_context(program(folder)))
+        site.round_id("void")
+        site.round_id("scored")
+        site.run.until(lambda: [row for row in site.run.get("/leaderboard")["models"] if row["rank"]])
+        yield site
+        if site.run.process.poll() is None:
+            site.run.end()
+
+
+@contextmanager
+def visit(browser: Browser, site: Site, path: str, **how: Any) -> Iterator[Page]:
+    """A page in a browser of its own, which must have nothing to complain about."""
+    troubles: list[str] = []
+    context = browser.new_context(base_url=site.origin, **{"viewport": {"width": 1280, "height": 900}, **how})
+    context.set_default_timeout(LIMIT_MS)
+    page = context.new_page()
+
+    def said(message: ConsoleMessage) -> None:
+        missing = message.text.startswith("Failed to load resource")  # an answer's status: below
+        if message.type in ("error", "warning") and not missing:
+            troubles.append(f"console: {message.text}")
+
+    def asked(request: Request) -> None:
+        if not request.url.startswith((f"{site.origin}/", "data:", "blob:")):
+            troubles.append(f"asked elsewhere: {request.url}")
+
+    def answered(response: Response) -> None:
+        if response.status >= 400 and not response.request.is_navigation_request():
+            troubles.append(f"{response.status}: {response.url}")
+
+    page.on("console", said)
+    page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
+    page.on("request", asked)
+    page.on("response", answered)
+    page.on("dialog", lambda dialog: troubles.append(f"dialog: {dialog.message}") or dialog.dismiss())
+    try:
+        page.goto(path)
+        yield page
+        assert not troubles
+    finally:
+        context.close()
+
+
+def live(page: Page) -> None:
+    expect(page.locator("#connection")).to_have_text("live")
+
+
+def fits(page: Page) -> None:
+    """The page itself never scrolls sideways; wide tables do in a frame of their own."""
+    becomes(page, "document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def becomes(page: Page, expression: str) -> None:
+    """Wait until this is true. The page's policy keeps the driver's own way, eval, from it."""
+    deadline_s = time.monotonic() + LIMIT_MS / 1000
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline_s, expression
+        page.wait_for_timeout(50)
+
+
+def lightness(colour: str) -> float:
+    """Of "rgb(r, g, b)", 0 to 1."""
+    return sum(float(part) for part in colour[4:-1].split(",")) / (3 * 255)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_all_it_needs_from_its_host_and_fits_a_phone(
+    browser: Browser, site: Site, name: str
+) -> None:
+    with visit(browser, site, site.path(name)) as page:
+        live(page)
+        expect(page.locator("h1")).to_have_count(1)
+        assert page.title().endswith("· Browser")
+        fits(page)
+        for chart in page.locator("[data-chart]").all():
+            expect(chart.locator("svg.main-svg .xtick text").first).to_be_attached()
+        assert bool(page.locator("[data-chart]").count()) == PAGES[name]
+        page.set_viewport_size({"width": 375, "height": 700})
+        fits(page)
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name not in ("evil model", "no such round")])
+def test_axe_finds_nothing_serious_in_light_and_dark(browser: Browser, site: Site, name: str) -> None:
+    with visit(browser, site, site.path(name), color_scheme="light") as page:
+        live(page)
+        for detail in page.locator("details").all():
+            detail.evaluate("details => { details.open = true }")
+        page.evaluate(AXE)
+        for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast", "link-in-text-block"]})):
+            page.emulate_media(color_scheme=scheme)
+            found = page.evaluate("(rules) => axe.run({resultTypes: ['violations'], ...rules})", rules)
+            serious = [
+                (violation["id"], [node["html"] for node in violation["nodes"]][:3])
+                for violation in found["violations"]
+                if violation["impact"] in ("serious", "critical")
+            ]
+            assert not serious, scheme
+            assert found["passes"]
+
+
+def test_dark_is_dark_and_the_charts_follow(browser: Browser, site: Site) -> None:
+    with visit(browser, site, site.path("scored round"), color_scheme="light") as page:
+        look = "(element) => [getComputedStyle(element).backgroundColor, getComputedStyle(element).color]"
+        fill = "getComputedStyle(document.querySelector('.xtick text')).fill"
+        page.wait_for_selector(".xtick text")
+        ground, ink = page.locator("body").evaluate(look)
+        assert lightness(ground) > 0.9
+        assert lightness(ink) < 0.2
+        before = page.evaluate(fill)
+        page.emulate_media(color_scheme="dark")
+        ground, ink = page.locator("body").evaluate(look)
+        assert lightness(ground) < 0.15
+        assert lightness(ink) > 0.8
+        becomes(page, f"{fill} !== '{before}'")
+        assert lightness(page.evaluate(fill)) > lightness(before)
+
+
+def test_prices_and_the_leaderboard_change_while_one_looks(browser: Browser, site: Site) -> None:
+    with visit(browser, site, "/") as page:
+        page.evaluate("window.stayed = true")
+        for selector in ('[data-price-of="BTC"]', "#lines", "#as-of", "#state .rounds"):
+            changes(page, selector)
+        assert page.evaluate("window.stayed")
+
+
+def changes(page: Page, selector: str) -> None:
+    element = page.locator(selector).first
+    expect(element).not_to_have_text(element.inner_text(), use_inner_text=True)
+
+
+def test_a_new_round_and_a_new_price_appear_by_themselves(browser: Browser, site: Site) -> None:
+    with visit(browser, site, "/rounds") as page:
+        newest = page.locator("#rounds tbody a").first
+        shown = newest.get_attribute("href")
+        assert shown is not None
+        expect(newest).not_to_have_attribute("href", shown)
+        expect(page.locator(f'#rounds a[href="{shown}"]')).to_have_count(1)
+    with visit(browser, site, "/prices") as page:
+        points = (
+            "document.querySelector('[data-chart]').data.reduce((sum, one) => Math.max(sum, one.x.length), 0)"
+        )
+        drawn = page.evaluate(points)
+        becomes(page, f"{points} > {drawn}")
+
+
+def test_a_round_is_scored_before_ones_eyes(browser: Browser, site: Site) -> None:
+    with visit(browser, site, f"/rounds/{site.round_id('closed')}") as page:
+        expect(page.locator("#round-scores")).to_contain_text("explained")
+        expect(page.locator("#round-head .status")).to_have_text("scored")
+        expect(page.locator("#round-legend a").first).to_be_visible()
+        expect(page.locator("[data-chart] .scatterlayer .trace").nth(3)).to_be_attached()
+
+
+def names(page: Page) -> list[str]:
+    """The models in the order they are shown, the hidden ones left out."""
+    return page.locator("#lines th a:visible").all_inner_texts()
+
+
+HARMLESS = ["Constant normal", "Empirical", "Student t"]
+EVERYONE = sorted([*HARMLESS, EVIL])
+
+
+def test_the_leaderboard_is_sorted_by_click_and_by_enter(browser: Browser, site: Site) -> None:
+    with visit(browser, site, "/") as page:
+        live(page)
+        assert sorted(names(page)) == EVERYONE
+        header = page.locator('th[data-sort="model"]')
+        header.locator("a").click()
+        expect(header).to_have_attribute("aria-sort", "ascending")
+        upwards = names(page)
+        assert [name for name in upwards if name != EVIL] == HARMLESS
+        header.locator("a").focus()
+        page.keyboard.press("Enter")
+        expect(header).to_have_attribute("aria-sort", "descending")
+        assert names(page) == upwards[::-1]
+        assert "sort=model" in page.url
+        changes(page, "#as-of")
+        assert names(page) == upwards[::-1], "a new leaderboard keeps the order"
+        page.reload()
+        assert names(page) == upwards[::-1], "and so does the address"
+
+
+def test_the_leaderboard_is_searched_while_one_types(browser: Browser, site: Site) -> None:
+    with visit(browser, site, "/") as page:
+        live(page)
+        page.get_by_role("searchbox").press_sequentially("STUD")
+        expect(page.locator("#lines tr:visible")).to_have_count(1)
+        assert names(page) == ["Student t"]
+        expect(page.locator("form [role=status]")).to_have_text("1 found")
+        changes(page, "#as-of")
+        assert names(page) == ["Student t"], "a new leaderboard stays searched"
+        page.get_by_role("searchbox").fill("")
+        expect(page.locator("#lines tr:visible")).to_have_count(len(EVERYONE))
+
+
+def test_a_models_name_is_only_text(browser: Browser, site: Site) -> None:
+    with visit(browser, site, "/models/evil") as page:
+        expect(page.locator("h1")).to_have_text(EVIL)
+        live(page)
+    path = f"{site.path('scored round')}?model=evil"
+    with visit(browser, site, path) as page:
+        expect(page.locator("#round-legend")).to_contain_text(EVIL)
+        room = page.locator("[data-chart] .nsewdrag").first
+        width = room.evaluate("(element) => element.getBoundingClientRect().width")
+        room.hover(position={"x": 0.85 * width, "y": 100})
+        expect(page.locator("[data-chart] .hoverlayer")).to_contain_text("<script>")
+
+
+def test_times_are_the_readers_with_utc_on_hover(browser: Browser, site: Site) -> None:
+    with visit(browser, site, site.path("scored round"), timezone_id="Asia/Tokyo", locale="en-GB") as page:
+        shown = page.locator("#round-head time").first
+        at = datetime.fromisoformat(shown.get_attribute("datetime") or "")
+        there = at.astimezone(timezone(timedelta(hours=9)))
+        assert shown.inner_text() == there.strftime("%-d %b %Y, %H:%M:%S")
+        assert shown.get_attribute("title") == at.strftime("%Y-%m-%d %H:%M:%S UTC")
+        ticks = page.locator("[data-chart] .xtick text").all_text_contents()
+        assert {tick[:2] for tick in ticks} <= {f"{(there.hour + k) % 24:02}" for k in (-1, 0, 1)}
+
+
+def test_the_keyboard_gets_everywhere(browser: Browser, site: Site) -> None:
+    with visit(browser, site, "/") as page:
+        focused = "document.activeElement.textContent.trim()"
+        page.keyboard.press("Tab")
+        assert page.evaluate(focused) == "Skip to the content"
+        assert page.locator(".skip").bounding_box()["x"] >= 0  # type: ignore[index]
+        order = []
+        for _ in range(8):
+            page.keyboard.press("Tab")
+            order.append(page.evaluate(focused))
+            assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+        assert order[:7] == ["Browser", "Leaderboard", "Rounds", "Prices", "Status", "About", "API"]
+        page.locator(".skip").focus()
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.id") == "main"
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('main') !== null")
+
+
+def test_the_tables_work_without_javascript(browser: Browser, site: Site) -> None:
+    with visit(browser, site, "/", java_script_enabled=False) as page:
+        assert sorted(names(page)) == EVERYONE
+        page.locator('th[data-sort="model"] a').click()
+        upwards = names(page)
+        assert [name for name in upwards if name != EVIL] == HARMLESS
+        page.locator('th[data-sort="model"] a').click()
+        assert names(page) == upwards[::-1]
+        page.get_by_role("link", name="Recent").first.click()
+        assert page.locator('[aria-label="Window"] [aria-current]').inner_text().startswith("Recent")
+        page.get_by_role("searchbox").fill("stud")
+        page.get_by_role("searchbox").press("Enter")
+        assert names(page) == ["Student t"]
+        page.goto("/rounds")
+        page.locator('select[name="status"]').select_option("void")
+        page.get_by_role("button", name="Show").click()
+        assert set(page.locator("#rounds tbody .status").all_inner_texts()) == {"void"}
+        page.goto(site.path("scored round"))
+        expect(page.locator("noscript").first).to_be_attached()
+        page.get_by_text("The picture in numbers").click()
+        expect(page.locator("#round-data table")).to_be_visible()
+
+
+def test_a_lost_connection_is_shown_and_heals(browser: Browser, site: Site, folder: Path) -> None:
+    context = browser.new_context(base_url=site.origin)
+    page = context.new_page()
+    page.goto("/rounds")
+    live(page)
+    page.evaluate("window.stayed = true")
+    site.run.end()
+    expect(page.locator("#connection")).to_have_text("reconnecting …")
+    before = page.locator("#rounds tbody a").first.get_attribute("href")
+    assert before is not None
+    with program(folder, CONDOR_LITE__REPORT__PORT=str(site.run.port)):
+        live(page)
+        expect(page.locator("#rounds tbody a").first).not_to_have_attribute("href", before)
+    assert page.evaluate("window.stayed")
+    context.close()
