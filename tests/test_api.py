@@ -31,6 +31,7 @@ from condor_lite.explain import NotExplained, explain, explain_round, parse_roun
 from condor_lite.game.entities import (
     RoundStatus,
 )
+from condor_lite.report import game as games
 from condor_lite.report import server
 from condor_lite.report.answers import horizon_label, moment, naive_moment
 from condor_lite.report.api import ENDPOINTS, create_app
@@ -39,7 +40,7 @@ from condor_lite.report.context import Context
 from condor_lite.report.failures import prefers_html
 from condor_lite.report.params import read_moment
 from condor_lite.report.replies import JSON, encode_rows
-from condor_lite.storage import repositories
+from condor_lite.storage import database, repositories
 from condor_lite.storage.database import open_read_only
 from tests.served import (
     ALPHA,
@@ -877,3 +878,11 @@ async def test_what_is_remembered_is_bounded_and_made_by_one_request(tmp_path: P
         assert await context.remembered(0, 60.0, partial(make, -1)) == -1
         assert len(context._remembered) <= 256
         assert not context._remembering
+
+
+async def test_an_explanation_has_a_time_limit(game: Game, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"/rounds/{BTC_ROUND}/predictions/1"
+    await game.get(path)
+    monkeypatch.setattr(games, "QUERY_LIMIT_S", -1.0)
+    monkeypatch.setattr(database, "_STEPS_BETWEEN_CHECKS", 1)
+    assert "was given up" in await game.error(path, 503)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+import threading
+from functools import partial
 from html import unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import anyio
 import pytest
 
+from condor_lite.report import context as contexts
+from condor_lite.report.pages import picture
 from condor_lite.report.pages import round as round_page
 from tests.pages import blocks, links_lead_somewhere, page, text
 from tests.served import BTC_ROUND, CLOSED_ROUND, EVIL, OPEN_ROUND, START_S, VOID_ROUND, play, serve
@@ -163,3 +168,24 @@ async def test_of_many_models_some_are_shown_and_the_others_found(
         html = await page(game, address, q='"><script>')
         assert rows(html) == []
         assert "No model has a name like this" in text(html)
+
+
+@pytest.mark.anyio
+async def test_where_too_many_fans_are_asked_for_the_page_comes_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+
+    def slow(*args: object) -> str:
+        free.wait(20)
+        return "it came late"
+
+    monkeypatch.setattr(contexts, "_TURN_WITHIN_S", 0.1)
+    monkeypatch.setattr(picture, "_fan", slow)
+    async with serve(tmp_path) as game, anyio.create_task_group() as tasks:
+        await play(game)
+        tasks.start_soon(partial(page, game, f"/rounds/{BTC_ROUND}", model="1"))
+        await anyio.sleep(0.1)
+        html = await page(game, f"/rounds/{BTC_ROUND}", model="bench")
+        free.set()
+        assert "no fan: too many are asked for just now" in text(html)

@@ -7,7 +7,6 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, astuple, dataclass, field, fields
 from sqlite3 import Row
 
@@ -43,7 +42,7 @@ from condor_lite.report.ready import (
 )
 from condor_lite.report.replies import Reply, pack
 from condor_lite.storage import queries
-from condor_lite.storage.database import open_read_only
+from condor_lite.storage.database import QUERY_LIMIT_S, reading
 
 CSV = "text/csv; charset=utf-8"
 
@@ -235,7 +234,7 @@ async def prediction_detail(context: Context, sent: PredictionParams) -> Reply:
     """Everything one score is made of; only once its round is scored."""
 
     def work() -> Reply:
-        with closing(open_read_only(context.live.config.storage.path)) as conn:
+        with reading(context.live.config.storage.path, QUERY_LIMIT_S) as conn:
             found = explain(conn, context.live.config, sent.round_id, sent.model_id, sent.scorer_version)
         return pack(_prediction_detail(found), context.max_age_s)
 

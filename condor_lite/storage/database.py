@@ -12,7 +12,7 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -93,9 +93,7 @@ class Readers:
         except (sqlite3.Error, ValueError) as error:
             if self._closed:
                 raise StorageError("the database is closed") from error
-            if result_code(error) == sqlite3.SQLITE_INTERRUPT:
-                raise QueryTimeout(self._limit_s) from error
-            if (reason := explain(error, self._path)) is None:
+            if (reason := _reason(error, self._path, self._limit_s)) is None:
                 raise
             raise reason from error
 
@@ -282,6 +280,30 @@ def _report_unseen(future: Future[T]) -> None:
     """A job whose caller was cancelled may still fail; then nobody else would say so."""
     if not future.cancelled() and (error := future.exception()) is not None:
         log.error("database_job_failed", error=str(error), kind=type(error).__name__)
+
+
+@contextlib.contextmanager
+def reading(path: Path, limit_s: float) -> Iterator[sqlite3.Connection]:
+    """A read-only connection of its own, for a thread, all of whose queries together may take `limit_s`.
+
+    Raises QueryTimeout, and other StorageErrors.
+    """
+    until_s = time.monotonic() + limit_s
+    with contextlib.closing(open_read_only(path)) as connection:
+        connection.set_progress_handler(lambda: time.monotonic() > until_s, _STEPS_BETWEEN_CHECKS)
+        try:
+            yield connection
+        except sqlite3.Error as error:
+            if (reason := _reason(error, path, limit_s)) is None:
+                raise
+            raise reason from error
+
+
+def _reason(error: Exception, path: Path, limit_s: float) -> StorageError | None:
+    """Why a query failed, None for a mistake in the code."""
+    if result_code(error) == sqlite3.SQLITE_INTERRUPT:
+        return QueryTimeout(limit_s)
+    return explain(error, path)
 
 
 def open_read_only(path: Path | str) -> sqlite3.Connection:

@@ -17,7 +17,7 @@ from condor_lite.game.density import decode
 from condor_lite.game.entities import Setting
 from condor_lite.game.fan import fan
 from condor_lite.game.scoring import Rules
-from condor_lite.report.context import Context
+from condor_lite.report.context import Busy, Context
 from condor_lite.storage import pictures
 from condor_lite.storage.compression import decompress
 from condor_lite.storage.rescores import load_rules
@@ -141,7 +141,10 @@ async def _chosen(
     else:
         key = ("fan", row["round_no"], model_no, row["scorer_version"])
         find = partial(_find_fan, context, row, model_no, start)
-        found = await context.remembered(key, _FAN_FOR_S, find)
+        try:
+            found = await context.remembered(key, _FAN_FOR_S, find)
+        except Busy:
+            found = "too many are asked for just now: reload in a moment"
     return Chosen(
         model_id=answer["model_id"],
         model_name=answer["model_name"],
