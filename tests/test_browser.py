@@ -364,10 +364,15 @@ def test_a_models_name_is_only_text(browser: Browser, site: Site) -> None:
     path = f"{site.path('scored round')}?model=evil"
     with visit(browser, site, path) as page:
         expect(page.locator("#round-legend")).to_contain_text(EVIL)
-        room = page.locator("[data-chart] .nsewdrag").first
-        width = room.evaluate("(element) => element.getBoundingClientRect().width")
-        room.hover(position={"x": 0.85 * width, "y": 100})
-        expect(page.locator("[data-chart] .hoverlayer")).to_contain_text("<script>")
+        room = page.locator("[data-chart] .nsewdrag").first.bounding_box()
+        assert room is not None
+        label = page.locator("[data-chart] .hoverlayer")
+        for step in range(100):  # plotly passes over movements while it draws
+            page.mouse.move(room["x"] + (0.75 + step / 1000) * room["width"], room["y"] + 100)
+            page.wait_for_timeout(100)
+            if "script" in (label.text_content() or ""):
+                break
+        expect(label).to_contain_text(EVIL)
 
 
 def test_times_are_the_readers_with_utc_on_hover(browser: Browser, site: Site) -> None:

@@ -51,7 +51,7 @@
     margin: { l: 8, r: 8, t: 8, b: 8 },
     showlegend: false,
     hovermode: "x unified",
-    hoverlabel: { bgcolor: colours.card, bordercolor: colours.strong, font: { color: colours.ink, size: 12 } },
+    hoverlabel: { namelength: -1, bgcolor: colours.card, bordercolor: colours.strong, font: { color: colours.ink, size: 12 } },
     dragmode: false,
     ...more,
   });
