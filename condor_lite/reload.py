@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 import structlog
 
-from condor_lite.config import SECTIONS, Config, LogConfig
+from condor_lite.config import SECTIONS, Config, LogConfig, keys
 from condor_lite.errors import ConfigError
 
 log = structlog.get_logger()
@@ -72,6 +72,7 @@ class Reloader:
 
 def apply(config: Config, new: Config) -> Changes:
     """Give `config` the values of `new` that may change while the game runs."""
+    names = {(key.section, key.field): key.name for key in keys()}
     applied: list[str] = []
     need_restart: list[str] = []
     for section in SECTIONS:
@@ -81,7 +82,7 @@ def apply(config: Config, new: Config) -> Changes:
             value = getattr(new_values, field.name)
             if value == getattr(old_values, field.name):
                 continue
-            key = f"{section}.{field.name.removesuffix('_s')}"
+            key = names.get((section, field.name), f"{section}.{field.name}")
             if key in CHANGEABLE:
                 changed[field.name] = value
                 applied.append(key)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ def test_what_needs_a_restart_is_left_alone(tmp_path: Path) -> None:
     text = '[[game.settings]]\nassets = ["BTC"]\nhorizon = "5m"\nstep = "1m"\ninterval = "5m"\n'
     running = load(tmp_path, text)
     other = load(tmp_path, text.replace("BTC", "ETH") + '[scoring]\nrule = "log"\ninterval = "3s"\n')
+    other.webhook = replace(other.webhook, min_free_bytes=1)
     changes = reload.apply(running, other)
-    assert changes == reload.Changes(("scoring.interval",), ("game.settings", "scoring.rule"))
+    assert changes == reload.Changes(
+        ("scoring.interval",), ("game.settings", "scoring.rule", "webhook.min_free")
+    )
     assert (running.scoring.rule, running.scoring.interval_s) == ("crps", 3)
     assert running.game.assets == ("BTC",)
