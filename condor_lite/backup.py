@@ -38,17 +38,19 @@ class Backups:
 
     async def run(self) -> None:
         """Make one whenever it is due, until cancelled."""
-        due_s = self._due_s()
+        with self._clock.hold():
+            due_s = await self._due_s()
         while True:
             await self._clock.sleep_until(due_s)
             with self._clock.hold():
                 if await self._make():
-                    due_s = self._due_s()
+                    due_s = await self._due_s()
                 else:
                     due_s = self._clock.now() + min(_RETRY_S, self._config.every_s)
 
-    def _due_s(self) -> float:
-        made_s = [_time_s(stamp) for stamp in self._found().values()]
+    async def _due_s(self) -> float:
+        found = await asyncio.to_thread(self._found)  # a network's disk may take its time
+        made_s = [_time_s(stamp) for stamp in found.values()]
         # A name from the future, of a clock that was set back since, delays nothing.
         newest_s = min(max(made_s, default=0.0), self._clock.now())
         return newest_s + self._config.every_s

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import sqlite3
 import sys
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
@@ -448,6 +449,24 @@ async def test_a_backup_ends_with_its_game(tmp_path: Path) -> None:
             await until(lambda: folder.exists() and files(folder))
             tasks.cancel_scope.cancel()
         assert all(name.startswith("game-") for name in files(folder))
+
+
+async def test_a_folder_that_is_slow_to_read_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered, seen = threading.Event(), threading.Event(), []
+
+    def slowly(backups: Backups) -> dict[Path, str]:
+        asked.set()
+        seen.append(answered.wait(10))
+        return {}
+
+    monkeypatch.setattr(Backups, "_found", slowly)
+    async with stored(tmp_path, 10) as db, service(db, SteppedClock(START_S), tmp_path / "backups"):
+        await until(asked.is_set)
+        answered.set()
+        await until(lambda: seen)
+    assert seen[0]
 
 
 async def test_a_game_makes_them_when_the_config_says_so(tmp_path: Path) -> None:
