@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import anyio
 import pytest
 import structlog
 
@@ -100,6 +101,27 @@ async def test_answers_that_find_no_room_to_wait_void_their_round_and_count_agai
     alarms = [log["event"] for log in logs if log["log_level"] == "error"]
     assert 1 <= alarms.count("journal_full") < len(void), "once for each time that it fills up"
     assert alarms.count("answers_refused") >= len(void)
+
+
+async def test_a_shortage_of_memory_delays_storing_and_drops_nothing(tmp_path: Path) -> None:
+    shortages = 2
+
+    def apply(conn: sqlite3.Connection) -> str:
+        nonlocal shortages
+        if shortages:
+            shortages -= 1
+            raise MemoryError
+        return "stored"
+
+    async with Database(tmp_path / "condor.db") as db, anyio.create_task_group() as tasks:
+        journal = Journal(db)
+        tasks.start_soon(journal.run)
+        with structlog.testing.capture_logs() as logs:
+            assert await journal.write(apply) == "stored"
+        tasks.cancel_scope.cancel()
+    told = [line["event"] for line in logs]
+    assert told == ["database_not_writable", "database_writable_again"]
+    assert "there is no memory left" in logs[0]["error"]
 
 
 async def test_the_answers_that_wait_take_bounded_memory(tmp_path: Path) -> None:

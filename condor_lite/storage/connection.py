@@ -118,7 +118,8 @@ def opening(path: Path) -> Iterator[None]:
 
 def explain(error: Exception, path: Path) -> StorageError | None:
     """What a host can do about an error, or None for one that is a mistake in the code."""
-    code = result_code(error)
+    # Where SQLite runs out of memory, Python's module raises this in place of an error of SQLite's.
+    code = sqlite3.SQLITE_NOMEM if isinstance(error, MemoryError) else result_code(error)
     if code in _PASSING:
         return StorageUnavailable(f"{_PASSING[code]}: {path} ({error})")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):

@@ -270,7 +270,7 @@ class _Worker:
         assert self._connection is not None
         try:
             return fn(self._connection)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, MemoryError) as error:
             if (reason := explain(error, self._path)) is None:
                 raise
             raise reason from error
