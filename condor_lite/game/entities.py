@@ -105,7 +105,8 @@ class ModelInfo:
 class Model:
     """A model as the game knows it. Times are the game's clock, epoch seconds.
 
-    `first_round_at_s` is the `scheduled_at` of the first round that it was asked in, None before that.
+    `first_round_at_s` is the `scheduled_at` of the first round that it was asked in, None before that. Rounds
+    of that time or later that were closed before that, as their deadline was earlier, it has not missed.
     """
 
     model_no: int

@@ -147,8 +147,11 @@ class Books:
             "closed rounds that count other answers than there are": "SELECT round_no, answered, failed,"
             " timed_out, (SELECT count(*) FROM prediction WHERE prediction.round_no = round.round_no) AS n"
             " FROM round WHERE status IN ('closed', 'scored') AND answered + failed + timed_out <> n",
+            # By when it first answered: who joins late in a long round was not there for the short ones that
+            # were closed since that one began.
             "models that took part and lack a score": "SELECT round_no, model_id FROM round JOIN model m"
-            " ON first_round_at_s < scheduled_at_s WHERE status = 'scored' AND NOT EXISTS"
+            " ON (SELECT min(received_at_ms) FROM prediction p WHERE p.model_no = m.model_no)"
+            " < 1000 * scheduled_at_s WHERE status = 'scored' AND NOT EXISTS"
             " (SELECT 1 FROM score s WHERE s.round_no = round.round_no AND s.model_no = m.model_no)",
             "valid answers without a raw score, or the other way round": "SELECT s.round_no, s.model_no"
             " FROM score s LEFT JOIN prediction p ON p.round_no = s.round_no AND p.model_no = s.model_no"

@@ -14,10 +14,12 @@ import pytest
 
 from condor_lite.config import OrchestratorConfig
 from condor_lite.models import sandbox
+from condor_lite.storage.connection import connect_writer
 from tests.test_program import REPLAY, program, write_recording
+from tests.torture.books import Books
 from tests.torture.faults import FAULTS, Fault
 from tests.torture.run import Torture
-from tests.torture.worlds import Live, Replayed, World
+from tests.torture.worlds import START_S, Live, Replayed, World
 
 SPAN_S = 2.0
 COVERED = FAULTS[Replayed]  # no need to do them in the live game, too
@@ -73,6 +75,26 @@ def test_no_fault_loses_or_doubles_anything_and_the_game_is_well_again_after_eac
             "sum up to",
         ):
             assert expected in found
+
+
+def test_the_books_ask_for_no_score_of_rounds_before_a_model_was_there(tmp_path: Path) -> None:
+    at_s, books = START_S, Books(tmp_path / "condor.db", ())
+    with closing(connect_writer(books.path, 1.0)) as db:
+
+        def hold(round_no: int, at_s: int, horizon_s: int, step_s: int, status: str) -> bool:
+            db.execute(
+                "INSERT INTO round (round_no, scheduled_at_s, horizon_s, step_s, resolvable_at_s, status,"
+                " asset) VALUES (?, ?, ?, ?, ?, ?, 'BTC')",
+                (round_no, at_s, horizon_s, step_s, at_s + horizon_s, status),
+            )
+            return "took part and lack a score" in str(list(books._twice(db)))
+
+        late = "INSERT INTO model VALUES (1, 'late', 'late', 'c', 'c', 'd', NULL, 0, ?, ?, ?)"
+        db.execute(late, (at_s + 80, at_s + 80, at_s))
+        hold(1, at_s, 1200, 600, "closed")
+        db.execute("INSERT INTO prediction VALUES (1, 1, 'SUCCESS', NULL, ?, 1)", (1000 * (at_s + 90),))
+        assert not hold(2, at_s + 60, 300, 60, "scored")
+        assert hold(3, at_s + 120, 300, 60, "scored")
 
 
 @pytest.mark.skipif(
