@@ -188,7 +188,6 @@ class Alarms:
     def _on_given_up(self, given_up: ModelGivenUp) -> None:
         name = given_up.info.model_name
         self._given_up[given_up.info.model_id] = f"{name} is not asked any more: {given_up.reason}"
-
         if len(self._given_up) > _MOST_GIVEN_UP:
             del self._given_up[next(iter(self._given_up))]
 

@@ -79,16 +79,20 @@ class _Writer:
     def _run(self) -> None:
         while (text := self._lines.get()) is not None:
             try:
-                self._stream.write(text)
+                self._show(text)
                 if self._dropped:
                     dropped, self._dropped = self._dropped, 0
                     self._stream.write(f"{dropped} log lines were dropped: nobody read them\n")
                 if self._lines.empty():
                     self._stream.flush()
-            except UnicodeEncodeError:  # a name that the console can't show
-                self._stream.write(text.encode("ascii", "backslashreplace").decode())
             except (OSError, ValueError):  # the reader is gone; the game goes on without a log
                 continue
+
+    def _show(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:  # a name that the console can't show
+            self._stream.write(text.encode("ascii", "backslashreplace").decode())
 
 
 def configure(config: LogConfig, stream: TextIO | None = None) -> _Writer:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 
 from condor_lite import logs
 from condor_lite.config import LogConfig
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +46,27 @@ def test_a_line_that_cannot_be_rendered_fails_nobody(style: str) -> None:
     assert "RuntimeError: what happened" in said
     assert "service_failed (the rest can't be shown: " in said
     assert "and_on" in said.splitlines()[-1]
+
+
+class FullAtFirst(io.BytesIO):
+    """A disk that has no room for the first line."""
+
+    full = True
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        if self.full:
+            self.full = False
+            raise OSError(28, "No space left on device")
+        return super().write(data)
+
+
+def test_a_name_that_the_console_cannot_show_on_a_full_disk_does_not_end_the_log() -> None:
+    disk = FullAtFirst()
+    writer = logs.configure(LogConfig(), io.TextIOWrapper(disk, "ascii", write_through=True))
+    log = structlog.get_logger()
+    log.info("lost", model="Modèle 1")
+    log.info("shown", model="Modèle 2")
+    writer.close(5)
+    assert not disk.full
+    assert b"Mod\\xe8le 2" in disk.getvalue()
+    assert b"lost" not in disk.getvalue()
