@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sqlite3
+from collections.abc import Iterable
 
 import structlog
 
 from condor_lite.clock import Clock
 from condor_lite.config import Config
-from condor_lite.storage import scores
+from condor_lite.storage import repositories, scores
 from condor_lite.storage.database import Database
 from condor_lite.storage.journal import Journal
 
@@ -46,10 +48,19 @@ class Upkeep:
             await self._clock.sleep_until(self._clock.now() + _EVERY_S * self._clock.speed)
 
     async def prune(self) -> None:
-        """Forget what is older than the host wants to keep."""
-        while await self._db.write(scores.prune, self._clock.now(), self._config.storage, _ROWS):
+        """Forget what is older than the host wants to keep, by the newest price where the clock is ahead.
+
+        Otherwise a machine whose clock is set a year ahead for a moment would forget the whole game.
+        """
+        now_s = min(self._clock.now(), await self._db.read(_newest_price_s, self._config.game.assets))
+        while await self._db.write(scores.prune, now_s, self._config.storage, _ROWS):
             await self._journal.flushed()
             await asyncio.sleep(_PAUSE_S)
+
+
+def _newest_price_s(conn: sqlite3.Connection, assets: Iterable[str]) -> float:
+    """0 where there is no price at all."""
+    return max(repositories.newest_price_s(conn, asset) or 0 for asset in assets)
 
 
 def next_night_s(now_s: float) -> float:

@@ -51,9 +51,9 @@ class Kept:
     def log_bytes(self) -> int:
         return Path(f"{self.db.path}-wal").stat().st_size
 
-    async def prices(self, count: int) -> None:
-        """So many prices, five seconds apart up to now."""
-        now_s = int(self.clock.now())
+    async def prices(self, count: int, ago_s: int = 0) -> None:
+        """So many prices, five seconds apart, up to now or so long ago."""
+        now_s = int(self.clock.now()) - ago_s
         points = [(now_s - 5 * back, 1.0) for back in range(count)]
         await self.db.write(repositories.add_prices, "BTC", points, "synthetic", 0)
 
@@ -92,6 +92,14 @@ async def test_what_is_old_goes_in_steps_that_answers_fit_between(tmp_path: Path
         assert len(steps) > 5
         assert max(steps) <= 1000, "an answer waited for several steps"
         assert await one.count() < 2945
+
+
+async def test_a_clock_that_is_far_ahead_makes_it_forget_nothing(tmp_path: Path) -> None:
+    async with kept(tmp_path, MIDNIGHT_S) as one:
+        await one.prices(100, ago_s=365 * DAY_S)
+        await one.prices(50, ago_s=365 * DAY_S + 5 * 3600)
+        await one.clock.run_until(MIDNIGHT_S + 301)
+        assert await one.count() == 100
 
 
 async def test_the_log_is_emptied_at_night(tmp_path: Path) -> None:
