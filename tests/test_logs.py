@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,13 +13,6 @@ from condor_lite.config import LogConfig
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    before = structlog.get_config()
-    yield
-    structlog.configure(**before)
 
 
 class Unshowable:
