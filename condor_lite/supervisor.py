@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket as socket_module
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
@@ -99,7 +100,9 @@ class Service:
                         if self._may_end:
                             return
                         raise RuntimeError("it ended by itself")
-                    except Exception as error:
+                    except (Exception, asyncio.CancelledError) as error:
+                        if isinstance(error, asyncio.CancelledError) and _is_to_end():
+                            raise
                         if starting is not None and not starting.done:
                             raise
                         if time.monotonic() - started_s > _HEALTHY_AFTER_S:
@@ -128,6 +131,12 @@ class Service:
         """Cancel it and wait until it has ended."""
         self._scope.cancel()
         await self._ended.wait()
+
+
+def _is_to_end() -> bool:
+    """Whether this task is cancelled, and not only something that it waited for."""
+    task = asyncio.current_task()
+    return anyio.current_effective_deadline() == -math.inf or (task is not None and task.cancelling() > 0)
 
 
 class _Starting:

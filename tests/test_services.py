@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 import structlog
@@ -196,3 +197,25 @@ async def test_a_disk_that_is_full_for_long_is_tried_again_soon(
         await running
     pauses_s = [line["restart_in_s"] for line in logs if line["event"] == "service_failed"]
     assert pauses_s == [min(0.01 * 2**failure, longest_s) for failure in range(4)]
+
+
+async def test_a_cancelled_wait_in_one_service_ends_neither_it_nor_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "_RESTART_FIRST_S", 0.01)
+    tries = 0
+
+    async def waits() -> None:
+        nonlocal tries
+        tries += 1
+        never = asyncio.get_running_loop().create_future()
+        if tries == 1:
+            never.cancel()  # as a client does with the calls on a connection that it closes
+        await never
+
+    async with anyio.create_task_group() as tasks:
+        service = Service("fleet", waits, lambda event: None)
+        tasks.start_soon(service.serve)
+        await until(lambda: tries == 2)
+        await service.stop()
+    assert (tries, service.restarts) == (2, 1)
