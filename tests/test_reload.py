@@ -67,7 +67,10 @@ def test_a_closed_terminal_ends_the_game(tmp_path: Path) -> None:
     ours, terminal = pty.openpty()
     environ = {**os.environ, "CONDOR_LITE__REPORT__PORT": "0"}
     log = tmp_path / "console.log"
-    start = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, "
+    start = (
+        "import fcntl, os, signal, sys, termios; signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # no nohup's
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, "
+    )
     with log.open("wb") as console:
         process = subprocess.Popen(
             [sys.executable, "-c", start + "[sys.executable, '-m', 'condor_lite'])"],
