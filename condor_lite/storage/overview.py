@@ -71,21 +71,21 @@ async def answering(readers: Readers, model_nos: Sequence[int]) -> list[sqlite3.
                 SELECT exec_time_us, count(*) OVER () AS total,
                        row_number() OVER (ORDER BY exec_time_us) AS place
                 FROM (SELECT status, exec_time_us FROM prediction INDEXED BY prediction_by_model
-                      WHERE model_no = m.value ORDER BY round_no DESC LIMIT ?1)
+                      WHERE model_no = m.value ORDER BY round_no DESC LIMIT ?)
                 WHERE status = 'SUCCESS') WHERE place = (total + 1) / 2) AS median_us,
             (SELECT count(*) FROM (
                 SELECT 1 FROM prediction INDEXED BY prediction_by_model
-                WHERE model_no = m.value ORDER BY round_no DESC LIMIT ?2)) AS newest,
+                WHERE model_no = m.value ORDER BY round_no DESC LIMIT ?)) AS newest,
             (SELECT count(*) FROM (
                 SELECT status FROM prediction INDEXED BY prediction_by_model
-                WHERE model_no = m.value ORDER BY round_no DESC LIMIT ?2) WHERE status != 'SUCCESS') AS bad,
+                WHERE model_no = m.value ORDER BY round_no DESC LIMIT ?) WHERE status != 'SUCCESS') AS bad,
             (SELECT coalesce(detail, lower(status)) FROM (
                 SELECT status, detail FROM prediction INDEXED BY prediction_by_model
-                WHERE model_no = m.value ORDER BY round_no DESC LIMIT ?2) WHERE status != 'SUCCESS'
+                WHERE model_no = m.value ORDER BY round_no DESC LIMIT ?) WHERE status != 'SUCCESS'
              LIMIT 1) AS detail
-        FROM json_each(?3) m
+        FROM json_each(?) m
         """,
-        (_LATELY, _NEWEST, orjson.dumps(list(model_nos)).decode()),
+        (_LATELY, _NEWEST, _NEWEST, _NEWEST, orjson.dumps(list(model_nos)).decode()),
     )
 
 
