@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from condor_lite.storage.journal import Journal
 from tests.fleet import ModelServer, Orchestrator
 
 START_S = 1_700_002_800  # a full hour
+_LONGEST_WAIT_S = 120.0  # for what takes a moment on a machine that has nothing else to do
 
 CONFIG = """
 [[game.settings]]
@@ -53,9 +55,12 @@ def load(folder: Path, text: str = CONFIG, **environ: str) -> Config:
     return configuration.load(path, environ)
 
 
-async def until(happened: Callable[[], Any]) -> None:
-    """Wait for something outside of the game's time; the test's own time limit bounds it."""
-    while not happened():  # noqa: ASYNC110 - what is awaited has no event
+async def until(happened: Callable[[], Any], what: Callable[[], object] = lambda: None) -> None:
+    """Wait for something outside of the game's time; `what()` tells where it stands if it never comes."""
+    until_s = time.monotonic() + _LONGEST_WAIT_S
+    while not happened():
+        if time.monotonic() > until_s:
+            raise TimeoutError(f"it did not happen in {_LONGEST_WAIT_S:.0f} s: {what()}")
         await asyncio.sleep(0.005)
 
 
@@ -77,7 +82,13 @@ class Stage:
             await model.start()
             self.models.append(model)
         await self.orchestrator.announce(*models)
-        await until(lambda: all(self.ready(model.model_id) for model in models))
+        await until(lambda: all(self.ready(model.model_id) for model in models), self.standing)
+
+    def standing(self) -> dict[str, object]:
+        """Who is being connected and who was refused, and why: what a wait in vain is explained by."""
+        fleet = self.predict.fleet
+        refused = {model_id: refused.reason for model_id, refused in fleet.refused.items()}
+        return {"connecting": [*fleet.connecting], "refused": refused}
 
     def ready(self, model_id: str) -> bool:
         known = self.predict.participants.get(model_id)

@@ -168,15 +168,23 @@ class Rabble:
         self._deployments: Counter[str] = Counter()
 
     async def gather(self, names: list[str]) -> None:
-        """Bring back those of them that were given up, as new deployments."""
-        for name in names:
-            if name not in self._stage.predict.fleet.running:
+        """Bring back those of them that were given up, as new deployments, if need be again."""
+        while missing := {name for name in names if not self._stage.ready(name)}:
+            for name in filter(self._gone, missing):
                 self._deployments[name] += 1
                 port = await self._port(name)
                 await self._stage.orchestrator.say([entry(name, port, self._deployments[name])])
-        await until(lambda: all(self._stage.ready(name) for name in names))
+            await until(lambda: any(map(self._settled, missing)), self._stage.standing)
         if self._frozen and "frozen" in names:
             self._frozen.freeze()
+
+    def _gone(self, name: str) -> bool:
+        newest = self._deployments[name]
+        refused = self._stage.predict.fleet.refused.get(name)
+        return not newest or (refused is not None and refused.info.deployment_id == f"{name}_{newest}")
+
+    def _settled(self, name: str) -> bool:
+        return self._stage.ready(name) or self._gone(name)
 
     async def _port(self, name: str) -> int:
         if name == "exits":
@@ -214,7 +222,7 @@ async def coming_and_going(stage: Stage, restless: int, twins: tuple[int, int]) 
         await stage.orchestrator.say([entry("twin", port, turn + at) for at, port in enumerate(twins)])
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800 if FULL else 300)
 async def test_no_model_loses_an_answer_to_what_others_do(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

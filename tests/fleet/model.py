@@ -22,6 +22,7 @@ from model_runner_client.grpc.generated.dynamic_subclass_pb2 import (
 )
 
 SERVICE = "dynamic_subclass.DynamicSubclassService"
+_PORT_LIMIT_S = 60.0
 
 Wire = CallResponse | bytes
 """What a call is answered with: a message, or the bytes that stand in for one."""
@@ -163,7 +164,12 @@ class ModelServer:
     async def restart(self) -> None:
         """End the process, as it were, and start another one on the same port: its instance is gone."""
         await self.stop()
-        await self.start()
+        async with asyncio.timeout(_PORT_LIMIT_S):
+            while True:
+                try:
+                    return await self.start()
+                except RuntimeError:  # somebody's own end of a connection was given the port meanwhile
+                    await asyncio.sleep(0.1)
 
     async def Setup(self, request: SetupRequest, context: Any) -> SetupResponse | bytes:  # noqa: N802
         self.setups += 1
