@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -41,6 +42,7 @@ class Event(StrEnum):
     FEED_STALE = "feed_stale"
     NO_ROUND_HELD = "no_round_held"
     DISK_NEARLY_FULL = "disk_nearly_full"
+    BACKUP_FAILED = "backup_failed"
     MODEL_GIVEN_UP = "model_given_up"
 
 
@@ -114,18 +116,21 @@ class Alarms:
     async def run(self) -> None:
         """Look until cancelled."""
         while True:
-            folder = self._config.storage.path.parent
-            free_bytes = await asyncio.to_thread(_free_bytes, folder)  # a network's disk may take its time
-            self.look(time.monotonic(), folder, free_bytes)
+            folders = [self._config.storage.path.parent]
+            if self._config.backup.every_s:
+                folders.append(self._config.backup.path)
+            free_bytes = await asyncio.to_thread(_free_bytes, folders)  # a network's disk may take its time
+            self.look(time.monotonic(), free_bytes)
             await asyncio.sleep(_LOOK_S)
 
-    def look(self, now_s: float, folder: Path, free_bytes: int | None) -> None:
+    def look(self, now_s: float, free_bytes: Mapping[Path, int]) -> None:
         """Send what begins and what is over. `now_s`: monotonic."""
         troubles = {
             **dict(self._services(now_s)),
             **dict(self._feeds(now_s)),
             **dict(self._rounds(now_s)),
-            **dict(self._disk(folder, free_bytes)),
+            **dict(self._disks(free_bytes)),
+            **dict(self._backup()),
             **dict(self._models()),
         }
         begun, ended = self._book.look(now_s, troubles.keys())
@@ -165,9 +170,15 @@ class Alarms:
         if for_s > wait_s / self._live.clock.speed + self._config.webhook.after_s and not self._feed.finished:
             yield (Event.NO_ROUND_HELD, ""), f"no round was held for {span(for_s)}: {self._not_held}"
 
-    def _disk(self, folder: Path, free_bytes: int | None) -> Iterator[tuple[Trouble, str]]:
-        if free_bytes is not None and free_bytes < self._config.webhook.min_free_bytes:
-            yield (Event.DISK_NEARLY_FULL, str(folder)), f"{folder} has only {size(free_bytes)} left"
+    def _disks(self, free_bytes: Mapping[Path, int]) -> Iterator[tuple[Trouble, str]]:
+        for folder, free in free_bytes.items():
+            if free < self._config.webhook.min_free_bytes:
+                yield (Event.DISK_NEARLY_FULL, str(folder)), f"{folder} has only {size(free)} left"
+
+    def _backup(self) -> Iterator[tuple[Trouble, str]]:
+        backup = self._live.vitals().backup
+        if backup is not None and backup.failure is not None:
+            yield (Event.BACKUP_FAILED, ""), f"the last backup failed: {backup.failure}"
 
     def _models(self) -> Iterator[tuple[Trouble, str]]:
         for model_id, what in self._given_up.items():
@@ -229,12 +240,17 @@ def _over(event: Event, name: str) -> str:
         Event.FEED_STALE: f"{name} has fresh prices again",
         Event.NO_ROUND_HELD: "rounds are held again",
         Event.DISK_NEARLY_FULL: f"{name} has room again",
+        Event.BACKUP_FAILED: "a backup was made again",
         Event.MODEL_GIVEN_UP: f"{name} takes part again",
     }[event]
 
 
-def _free_bytes(folder: Path) -> int | None:
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None
+def _free_bytes(folders: Iterable[Path]) -> dict[Path, int]:
+    """Of each disk, by the first of the folders on it; without those that can't be looked at."""
+    disks: dict[int, Path] = {}
+    found = {}
+    for folder in folders:
+        with suppress(OSError):
+            if disks.setdefault(folder.stat().st_dev, folder) is folder:
+                found[folder] = shutil.disk_usage(folder).free
+    return found

@@ -1,6 +1,7 @@
 """The backups that the game makes by itself, in another process, and how many of them stay.
 
-When the next one is due follows from the names of those that are there, so a restart changes nothing. Runs on
+When the next one is due follows from the names of those that are there, so a restart changes nothing. A name
+that lies in the future is of a clock that was wrong: it delays no backup, and goes before all others. Runs on
 the wall's time, like the disks it guards against.
 """
 
@@ -11,6 +12,7 @@ import re
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +27,15 @@ log = structlog.get_logger()
 _STAMP = "%Y%m%dT%H%M%SZ"
 _RETRY_S = 600.0
 _MOST_S = 3600.0  # one that takes longer hangs, and holds the write-ahead log
+_LEFT_AFTER_S = 3600.0  # a copy that nobody wrote to for so long is a killed process's
+
+
+@dataclass(frozen=True, slots=True)
+class BackupState:
+    """`failure`: why the last try failed, None where it didn't; `age_s`: of the newest, None without any."""
+
+    failure: str | None
+    age_s: float | None
 
 
 class Backups:
@@ -34,7 +45,17 @@ class Backups:
         self._config = config
         self._database = database
         self._clock = clock
-        self._names = re.compile(re.escape(database.stem) + r"-(\d{8}T\d{6}Z)\.db")
+        name = re.escape(database.stem) + r"-(\d{8}T\d{6}Z)\.db"
+        self._names = re.compile(name)
+        self._left = re.compile(rf"\.{name}\.\d+\.part(-journal)?")
+        self._failure: str | None = None
+        self._newest_s: float | None = None
+
+    @property
+    def state(self) -> BackupState:
+        """How it went the last time."""
+        age_s = None if self._newest_s is None else max(self._clock.now() - self._newest_s, 0.0)
+        return BackupState(self._failure, age_s)
 
     async def run(self) -> None:
         """Make one whenever it is due, until cancelled."""
@@ -43,48 +64,53 @@ class Backups:
         while True:
             await self._clock.sleep_until(due_s)
             with self._clock.hold():
-                if await self._make():
+                self._failure = await self._make()
+                if self._failure is None:
                     due_s = await self._due_s()
                 else:
                     due_s = self._clock.now() + min(_RETRY_S, self._config.every_s)
 
     async def _due_s(self) -> float:
-        found = await asyncio.to_thread(self._found)  # a network's disk may take its time
-        made_s = [_time_s(stamp) for stamp in found.values()]
-        # A name from the future, of a clock that was set back since, delays nothing.
-        newest_s = min(max(made_s, default=0.0), self._clock.now())
-        return newest_s + self._config.every_s
+        made_s = await asyncio.to_thread(self._found)  # a network's disk may take its time
+        now_s = self._clock.now()
+        self._newest_s = max((at_s for at_s in made_s.values() if at_s <= now_s), default=None)
+        return (self._newest_s or 0.0) + self._config.every_s
 
-    def _found(self) -> dict[Path, str]:
-        """The backups that are there, oldest first, and the times in their names."""
+    def _found(self) -> dict[Path, float]:
+        """The backups that are there, and the times in their names."""
+        paths = self._files()
+        return {path: _time_s(match[1]) for path in paths if (match := self._names.fullmatch(path.name))}
+
+    def _files(self) -> list[Path]:
         try:
-            paths = sorted(self._config.path.iterdir())
+            return list(self._config.path.iterdir())
         except OSError:
-            return {}
-        return {path: match[1] for path in paths if (match := self._names.fullmatch(path.name))}
+            return []
 
-    async def _make(self) -> bool:
-        """Make one, and forget the oldest; whether it could be made."""
+    async def _make(self) -> str | None:
+        """Make one, and forget the oldest; why that failed, or None."""
         stamp = datetime.fromtimestamp(self._clock.now(), UTC).strftime(_STAMP)
         target = self._config.path / f"{self._database.stem}-{stamp}.db"
         started_s = time.monotonic()
+        await asyncio.to_thread(self._clear)
         failure = await self._copy(target)
         if failure is not None:
             log.error("backup_failed", error=failure, retry_in_s=min(_RETRY_S, self._config.every_s))
-            return False
+            return failure
         took_s = round(time.monotonic() - started_s, 1)
         size_bytes = (await anyio.Path(target).stat()).st_size
         forgotten = await asyncio.to_thread(self._forget, target)
         log.info("backup_made", path=str(target), size_bytes=size_bytes, took_s=took_s, forgotten=forgotten)
-        return True
+        return None
 
     async def _copy(self, target: Path) -> str | None:
         """Copy in another process; why that failed, or None. It ends with this task."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "condor_lite.storage.backup", str(self._database), str(target)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
+        with anyio.CancelScope(shield=True):  # cancelled just then, it would be nobody's
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "condor_lite.storage.backup", str(self._database), str(target)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+            )
         try:
             async with asyncio.timeout(_MOST_S):
                 _, said = await process.communicate()
@@ -98,12 +124,19 @@ class Backups:
             return said.decode(errors="replace").strip() or f"it ended with code {process.returncode}"
         return None
 
+    def _clear(self) -> None:
+        """Delete what killed processes left behind, which may be what fills the disk."""
+        for path in self._files():
+            with suppress(OSError):
+                if self._left.fullmatch(path.name) and time.time() - path.stat().st_mtime > _LEFT_AFTER_S:
+                    path.unlink()
+
     def _forget(self, newest: Path) -> int:
-        """Delete all but `keep`, and what killed processes left behind; how many backups that were."""
-        for left in self._config.path.glob(f".{self._database.stem}-*.db.*.part"):
-            left.unlink(missing_ok=True)
-        others = [path for path in self._found() if path != newest]
-        old = others[: max(len(others) + 1 - self._config.keep, 0)]
+        """Delete all but `keep`; how many that were."""
+        made_s, now_s = self._found(), self._clock.now()
+        made_s.pop(newest, None)
+        oldest_first = sorted(made_s, key=lambda path: (made_s[path] <= now_s, made_s[path]))
+        old = oldest_first[: max(len(made_s) + 1 - self._config.keep, 0)]
         for path in old:
             path.unlink(missing_ok=True)
         return len(old)

@@ -346,7 +346,9 @@ class WebhookConfig:
         default=120,
     )
     min_free_bytes: int = documented(
-        size(0, 2**50), "with less free space in the database's folder the disk is nearly full", default=2**30
+        size(0, 2**50),
+        "with less free space in the database's folder, or in that of the backups, the disk is nearly full",
+        default=2**30,
     )
 
 

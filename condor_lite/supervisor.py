@@ -62,6 +62,8 @@ _TO_DO = {
     "clock": "The game goes on when the clock has caught up. Have the machine's clock kept by NTP.",
     "journal": "Answers are kept in memory and written as soon as that works. See to the disk's space and "
     "rights, and to other programs that have the file open; don't stop the game before.",
+    "backup": "It is tried again, every 10 minutes at least; the game goes on. See to the folder "
+    "backup.path: whether its disk is there and has room, and whether the game may write to it.",
 }
 
 
@@ -187,6 +189,8 @@ class Game:
         self.feed.subscribe(lambda assets: self.score.wake())
         self.feed.subscribe(lambda assets: news.tell(PricesCame(assets)))
         self.services: list[Service] = []
+        # On the wall's time.
+        self.backups = Backups(config.backup, db.path, GameClock()) if config.backup.every_s else None
         self.web: server.Server
         self.orchestrator: Orchestrator | None = None
 
@@ -221,6 +225,7 @@ class Game:
                 self.watchdog.delay_s(1.0),
             ),
             late_s=self.predict.late_s,
+            backup=self.backups.state if self.backups is not None else None,
         )
 
     def problems(self) -> list[Problem]:
@@ -245,6 +250,8 @@ class Game:
             found.append(Problem(what, _TO_DO["clock"]))
         if self.journal.failing:
             found.append(Problem(f"the database can't be written: {self.journal.failing}", _TO_DO["journal"]))
+        if self.backups is not None and (failure := self.backups.state.failure):
+            found.append(Problem(f"the last backup failed: {failure}", _TO_DO["backup"]))
         return found
 
 
@@ -355,9 +362,8 @@ async def _start(
         Service("report", game.web.run, news.tell),
         Service("watchdog", game.watchdog.run, news.tell),
     ]
-    if config.backup.every_s:
-        backups = Backups(config.backup, db.path, GameClock())  # on the wall's time
-        started.append(Service("backup", backups.run, news.tell))
+    if game.backups is not None:
+        started.append(Service("backup", game.backups.run, news.tell))
     if config.webhook.url:
         webhook = Webhook(config.webhook)
         alarms = Alarms(config, game.live, game.feed, orchestrator, webhook.put)

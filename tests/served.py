@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 
 from condor_lite import config as configuration
+from condor_lite.backup import BackupState
 from condor_lite.clock import SteppedClock
 from condor_lite.config import Config
 from condor_lite.game.density import Limits, decode
@@ -137,7 +138,14 @@ async def serve(folder: Path, extra: str = "", **more: Any) -> AsyncIterator[Gam
         feeds=lambda: states,
         connected=lambda: connected,
         vitals=lambda: Vitals(
-            [ServiceState("predict", None, 0, 61.0)], 1, 0, 0, 2.0, (0.0, 0.001, 0.01), 0.0
+            [ServiceState("predict", None, 0, 61.0)],
+            1,
+            0,
+            0,
+            2.0,
+            (0.0, 0.001, 0.01),
+            0.0,
+            BackupState(None, 60.0),
         ),
         news=News(),
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sqlite3
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
@@ -18,7 +20,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from condor_lite import cli, stopping
-from condor_lite.backup import Backups
+from condor_lite.backup import Backups, BackupState
 from condor_lite.clock import SteppedClock
 from condor_lite.config import BackupConfig
 from condor_lite.errors import StorageError
@@ -390,10 +392,11 @@ def test_the_commands_say_what_they_did_or_why_not(
 
 
 @asynccontextmanager
-async def service(db: Database, clock: SteppedClock, folder: Path, keep: int = 3) -> AsyncIterator[None]:
+async def service(db: Database, clock: SteppedClock, folder: Path, keep: int = 3) -> AsyncIterator[Backups]:
+    backups = Backups(BackupConfig(HOUR_S, keep, folder), db.path, clock)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(Backups(BackupConfig(HOUR_S, keep, folder), db.path, clock).run)
-        yield
+        tasks.start_soon(backups.run)
+        yield backups
         tasks.cancel_scope.cancel()
 
 
@@ -404,7 +407,6 @@ def times(folder: Path) -> Iterator[str]:
 async def test_backups_are_made_when_due_and_the_oldest_go(tmp_path: Path) -> None:
     folder = tmp_path / "backups"
     folder.mkdir()
-    (folder / ".game-20231114T220000Z.db.7.part").write_text("of a process that was killed")
     (folder / "mine.db").write_text("mine")
     clock = SteppedClock(START_S - 5 * HOUR_S)  # 18:00
     async with stored(tmp_path, 10) as db:
@@ -427,18 +429,62 @@ async def test_backups_are_made_when_due_and_the_oldest_go(tmp_path: Path) -> No
     assert files(folder) == {"game-20231115T000000Z.db", "mine.db"}
 
 
+async def test_names_from_the_future_delay_nothing_and_go_first(tmp_path: Path) -> None:
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    (folder / "game-20231114T213000Z.db").write_text("half an hour old")
+    for year in (2098, 2099):
+        (folder / f"game-{year}1231T000000Z.db").write_text("of a clock that was wrong")
+    async with stored(tmp_path, 10) as db:
+        clock = SteppedClock(START_S - HOUR_S)
+        async with service(db, clock, folder):
+            await clock.run_until(START_S - HOUR_S // 2)
+        assert files(folder) == {
+            f"game-{day}Z.db" for day in ("20231114T213000", "20231114T223000", "20991231T000000")
+        }
+        clock = SteppedClock(START_S)
+        async with service(db, clock, folder) as backups:
+            await clock.run_until(START_S + 60)
+            assert backups.state == BackupState(None, 1860.0)
+            await clock.run_until(START_S + 2 * HOUR_S)
+        assert files(folder) == {
+            f"game-{day}Z.db" for day in ("20231114T223000", "20231114T233000", "20231115T003000")
+        }
+
+
+async def test_only_what_killed_processes_left_of_these_backups_is_cleared(tmp_path: Path) -> None:
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    mine = {
+        ".game-20231114T220000Z.db.8.part",  # another `backup FILE` writes it just now
+        ".game-of-mine.db.7.part",
+        ".game-20231114T220000Z.db.bak.7.part",
+        ".other-20231114T220000Z.db.7.part",
+    }
+    left = {".game-20231114T220000Z.db.7.part", ".game-20231114T220000Z.db.7.part-journal"}
+    for name in mine | left:
+        (folder / name).write_text("a part")
+        if not name.endswith("8.part"):
+            os.utime(folder / name, (time.time() - 7200,) * 2)
+    async with stored(tmp_path, 10) as db, service(db, SteppedClock(START_S), folder):
+        await until(lambda: "game-20231114T230000Z.db" in files(folder))
+    assert files(folder) == mine | {"game-20231114T230000Z.db"}
+
+
 async def test_a_backup_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     folder = tmp_path / "backups"
     folder.write_text("in the way")
     clock = SteppedClock(START_S)
-    async with stored(tmp_path, 10) as db, service(db, clock, folder):
+    async with stored(tmp_path, 10) as db, service(db, clock, folder) as backups:
         with capture_logs() as logs:
             await clock.run_until(START_S)
         assert [entry["event"] for entry in logs] == ["backup_failed"]
         assert "can't be written" in logs[0]["error"]
+        assert backups.state == BackupState(logs[0]["error"], None)
         folder.unlink()
         await clock.run_until(START_S + 600)
         assert list(times(folder)) == ["2310"]
+        assert backups.state == BackupState(None, 0.0)
 
 
 async def test_a_backup_ends_with_its_game(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 import anyio
 import grpc
+import httpx
 import pytest
 import structlog
 from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest
 
-from condor_lite import alarms, supervisor
+from condor_lite import alarms, backup, supervisor
 from condor_lite import config as configuration
 from condor_lite import webhook as hooks
 from condor_lite.alarms import Book, Event
@@ -265,6 +266,9 @@ url = "{url}"
 secret = "{secret}"
 after = "1s"
 
+[backup]
+every = "1h"
+
 [report]
 port = 0
 """
@@ -303,11 +307,13 @@ async def test_each_trouble_of_a_real_game_is_told_when_it_begins_and_when_it_is
 ) -> None:
     monkeypatch.setattr(alarms, "_LOOK_S", 0.05)
     monkeypatch.setattr(alarms, "_OFTEN_WITHIN_S", 2.0)
+    monkeypatch.setattr(backup, "_RETRY_S", 0.1)
     monkeypatch.setattr(supervisor, "_RESTART_FIRST_S", 0.02)
     monkeypatch.setattr(supervisor, "_RESTART_MOST_S", 0.02)
     monkeypatch.syspath_prepend(tmp_path)
     down, orchestrator = tmp_path / "down", Orchestrator()
     (tmp_path / "prices_here.py").write_text(PRICES.format(down=str(down)))
+    (tmp_path / "backups").write_text("in the way")
     good, bad = ModelServer("good"), ModelServer("bad", refuses)
     await orchestrator.start()
     try:
@@ -325,6 +331,18 @@ async def test_each_trouble_of_a_real_game_is_told_when_it_begins_and_when_it_is
                 await until(lambda: ("service_restarts", "begun") in receiver.events())
                 game.watchdog._on_beat = on_beat
 
+                await until(lambda: ("backup_failed", "begun") in receiver.events())
+                async with httpx.AsyncClient(base_url=game.web.url) as client:
+                    not_ready = (await client.get("/readyz")).json()
+                    status = (await client.get("/status")).text
+                    metrics = (await client.get("/metrics")).text
+                assert "the last backup failed: " in not_ready["detail"]
+                assert "can&#39;t be written: File exists.</b> It is tried again" in status
+                assert "condor_lite_backup_failing 1.0" in metrics
+                (tmp_path / "backups").unlink()
+                await until(lambda: ("backup_failed", "ended") in receiver.events())
+                assert not [one for one in game.problems() if "backup" in one.what]
+
                 down.touch()
                 config.webhook = replace(config.webhook, min_free_bytes=2**50)
                 for event in ("disk_nearly_full", "feed_stale", "no_round_held"):
@@ -341,7 +359,7 @@ async def test_each_trouble_of_a_real_game_is_told_when_it_begins_and_when_it_is
     assert len({message["id"] for message in told}) == len(told)
     assert {message["game"] for message in told} == {"Told"}
     whats = {(message["event"], message["state"]): message for message in told}
-    assert len(whats) == len(told) == 9, "each once"
+    assert len(whats) == len(told) == 11, "each once"
     assert whats["model_given_up", "begun"]["subjects"] == ["bad"]
     assert whats["service_restarts", "begun"]["subjects"] == ["watchdog"]
     assert whats["feed_stale", "begun"]["subjects"] == ["BTC"]
@@ -349,6 +367,15 @@ async def test_each_trouble_of_a_real_game_is_told_when_it_begins_and_when_it_is
     assert "HTTP 503" in whats["feed_stale", "begun"]["what"]
     assert "the newest BTC price is" in whats["no_round_held", "begun"]["what"]
     assert whats["disk_nearly_full", "begun"]["subjects"] == [str(tmp_path / "data")]
+    assert whats["backup_failed", "begun"]["subjects"] == []
+    assert "can't be written" in whats["backup_failed", "begun"]["what"]
+
+
+def test_each_disk_is_looked_at_once(tmp_path: Path) -> None:
+    (tmp_path / "backups").mkdir()
+    looked_at = alarms._free_bytes([tmp_path, tmp_path / "backups", Path("/proc"), tmp_path / "none"])
+    assert looked_at.keys() == {tmp_path, Path("/proc")}
+    assert looked_at[tmp_path] > 0
 
 
 # The configuration

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
+from condor_lite.backup import BackupState
 from condor_lite.clock import Clock
 from condor_lite.config import Config
 from condor_lite.game.entities import Leaderboard
@@ -35,7 +36,7 @@ class Vitals:
     """How the parts of the game are. `pool_waiting`: answers that no scoring process has taken up yet;
     `journal_waiting`: entries that are not on disk yet; `written_for_s`: how long ago the last write was.
     `loop_delays_s`: how late the event loop was in the last minute: median, 99 of 100, worst; `late_s`: how
-    late the newest rounds opened. All of these on the wall.
+    late the newest rounds opened. All of these on the wall. `backup`: None where the game makes none.
     """
 
     services: Sequence[ServiceState]
@@ -45,6 +46,7 @@ class Vitals:
     written_for_s: float | None
     loop_delays_s: tuple[float, float, float]
     late_s: float
+    backup: BackupState | None = None
 
 
 class Live:

@@ -153,6 +153,11 @@ def _families(now: Now, database: Path) -> Iterator[Metric]:
     yield age
     yield gauge("database_bytes", "Size of the database's file.", _size(database))
     yield gauge("database_wal_bytes", "Size of its write-ahead log.", _size(Path(f"{database}-wal")))
+    if (backup := now.vitals.backup) is not None:
+        failing = backup.failure is not None
+        yield gauge("backup_failing", "Whether the last try to make a backup failed.", failing)
+        if backup.age_s is not None:
+            yield gauge("backup_age_seconds", "Age of the newest backup.", backup.age_s)
     if now.free_bytes is not None:
         yield gauge("database_free_bytes", "Unused bytes inside of the file.", now.free_bytes)
     up = GaugeMetricFamily(PREFIX + "service_up", "Whether a part of the game runs.", labels=["service"])
