@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import socket
+import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -452,3 +454,25 @@ def test_hidden_and_other_folders_are_no_models(tmp_path):
     (tmp_path / "models" / "__pycache__" / "x.py").touch()
     assert [path.name for path in list_models(tmp_path / "models")] == ["good"]
     assert list_models(tmp_path / "nowhere") == []
+
+
+async def test_the_logs_of_removed_models_go_in_time(tmp_path):
+    logs = tmp_path / "data" / "models-log"
+    logs.mkdir(parents=True)
+    add_model(tmp_path, "good")
+    for name, days in (
+        ("good.log.1", 90),
+        ("gone.log", 31),
+        ("gone.log.1", 40),
+        ("left.log", 29),
+        ("notes.txt", 90),
+    ):
+        (logs / name).write_text("said")
+        os.utime(logs / name, (time.time() - days * 86400,) * 2)
+    async with orchestrating(tmp_path, replace(QUICK, forget_s=0.1)) as orch:
+        await until(orch, lambda states: "good" in states and states["good"].state is LocalState.RUNNING)
+        assert {path.name for path in logs.iterdir()} == {"good.log", "good.log.1", "left.log", "notes.txt"}
+        os.utime(logs / "left.log", (time.time() - 31 * 86400,) * 2)
+        with anyio.fail_after(20):
+            while (logs / "left.log").exists():  # noqa: ASYNC110
+                await anyio.sleep(0.02)

@@ -575,7 +575,35 @@ def test_what_is_old_is_forgotten_in_steps(conn: sqlite3.Connection, limit: int)
     assert count(conn, *everything) == [0, 68, 68, 34, 34, 0, 0, 0]
     prune_all(conn, NOON_S + 10**6, limit)
     assert count(conn, *everything) == [0] * 8
-    assert count(conn, "model", "scorer", "deployment") == [2, 1, 2]
+    assert count(conn, "model", "scorer", "deployment") == [2, 1, 0]
+
+
+@pytest.mark.parametrize("limit", [1, 1000])
+def test_deployments_that_were_replaced_long_ago_are_forgotten(conn: sqlite3.Connection, limit: int) -> None:
+    for day, name, deployment in (
+        (0, "here", "d1"),
+        (1, "here", "d2"),
+        (2, "here", "d3"),
+        (5, "here", "d4"),
+        (6, "here", "d1"),  # back to the first
+        (0, "gone", "d1"),
+        (1, "gone", "d2"),
+    ):
+        repositories.upsert_model(conn, info(name, deployment_id=deployment), NOON_S + day * DAY_S)
+    repositories.touch_models(conn, [1], NOON_S + 30 * DAY_S)
+
+    def kept() -> list[tuple[str, str]]:
+        return conn.execute(
+            "SELECT model_id, d.deployment_id FROM deployment d JOIN model USING (model_no) ORDER BY 1, 2"
+        ).fetchall()
+
+    assert len(kept()) == 6
+    prune_all(conn, NOON_S + 8 * DAY_S, limit)
+    assert len(kept()) == 6
+    prune_all(conn, NOON_S + 12 * DAY_S, limit)  # what ran on day 4 and later: d1, d3 and d4
+    assert kept() == [("here", "d1"), ("here", "d3"), ("here", "d4")]
+    prune_all(conn, NOON_S + 20 * DAY_S, limit)
+    assert kept() == [("here", "d1"), ("here", "d4")]
 
 
 def test_what_counts_in_a_window_is_kept_whatever_the_host_wants(conn: sqlite3.Connection) -> None:

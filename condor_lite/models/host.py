@@ -4,7 +4,7 @@
 
 It serves at ADDRESS, tells its parent its port over the socket CONTROL_FD, and ends when that socket closes
 or the parent dies (PARENT_PID 0: it is in a sandbox, which ends with the parent). The model's output goes to
-LOG_FILE, which is moved to LOG_FILE.1 whenever it has passed LOG_BYTES. LIMITS is a `Limits` as JSON.
+LOG_FILE, whose content is moved to LOG_FILE.1 before it passes LOG_BYTES. LIMITS is a `Limits` as JSON.
 Everything imported here is paid for by every model's start: nothing heavier than gRPC.
 """
 
@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ from model_runner_client.grpc.generated.dynamic_subclass_pb2 import (
 
 from condor_lite.models.limits import Limits
 from condor_lite.models.loader import BadImplementationError, describe, load, own_traceback
+from condor_lite.models.output import cap
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -201,7 +203,7 @@ def _refused(code: str, message: str) -> CallResponse:
 
 
 class CappedLog(io.RawIOBase):
-    """The process's output, kept to two files of about `limit` bytes. A full disk loses lines, not calls."""
+    """The process's output, kept to two files of `limit` bytes. A full disk loses lines, not calls."""
 
     def __init__(self, path: Path, limit: int) -> None:
         self._path = path
@@ -216,29 +218,16 @@ class CappedLog(io.RawIOBase):
 
     def write(self, data: ReadableBuffer, /) -> int:
         chunk = bytes(data)
-        try:
-            os.write(1, chunk[-self._limit :])
-        except OSError:
-            return len(chunk)
-        self.check()
+        kept = chunk[-self._limit :]
+        with self._lock, suppress(OSError):
+            cap(1, self._path, self._limit, len(kept))
+            os.write(1, kept)
         return len(chunk)
 
     def check(self) -> None:
-        """Start a new file if this one is full; also called now and then for what C code wrote by itself."""
-        with self._lock:
-            if os.fstat(1).st_size <= self._limit:
-                return
-            try:
-                self._path.replace(f"{self._path}.1")
-                new = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            except OSError:  # as in a sandbox
-                recent = os.pread(1, self._limit // 2, os.fstat(1).st_size - self._limit // 2)
-                os.ftruncate(1, 0)
-                os.write(1, recent)
-                return
-            os.dup2(new, 1)
-            os.dup2(new, 2)
-            os.close(new)
+        """To be called now and then, for what C code and other processes write by themselves."""
+        with self._lock, suppress(OSError):
+            cap(1, self._path, self._limit)
 
 
 def start_server(folder: Path, address: str, limits: Limits) -> tuple[grpc.Server, int]:

@@ -50,6 +50,7 @@ class Patience:
     """How long things may take and how often they are tried. Seconds on the wall."""
 
     scan_s: float = 2.0
+    forget_s: float = 3600.0
     setup_timeout_s: float = 20.0
     stop_grace_s: float = 2.0
     backoff_s: float = 1.0

@@ -11,9 +11,11 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import math
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -29,7 +31,7 @@ from condor_lite.config import Config
 from condor_lite.errors import StartError
 from condor_lite.models.folder import FolderWatch, ModelFolder
 from condor_lite.models.local import LocalModel, LocalModelState, LocalState, Patience
-from condor_lite.models.process import Guard, LaunchSettings
+from condor_lite.models.process import Guard, LaunchSettings, forget_logs
 
 log = structlog.get_logger(__name__)
 
@@ -171,6 +173,7 @@ class Orchestrator:
             raise StartError(f"{error.filename}: {error.strerror}; the models need it") from None
 
     async def _follow_folders(self, tasks: TaskGroup, settings: LaunchSettings) -> None:
+        forget_at_s = -math.inf
         while True:
             try:
                 found = await anyio.to_thread.run_sync(self._watch.scan)
@@ -178,6 +181,12 @@ class Orchestrator:
                 log.warning("models_folder_unreadable", path=error.filename, error=error.strerror)
             else:
                 self._take_over({model.model_id: model for model in found}, tasks, settings)
+                if anyio.current_time() >= forget_at_s:
+                    forget_at_s = anyio.current_time() + self._patience.forget_s
+                    before_s = time.time() - self._config.storage.keep_predictions_s
+                    await anyio.to_thread.run_sync(
+                        forget_logs, self._log_dir, frozenset(self._models), before_s
+                    )
             await anyio.sleep(self._patience.scan_s)
 
     def _take_over(self, found: dict[str, ModelFolder], tasks: TaskGroup, settings: LaunchSettings) -> None:

@@ -13,10 +13,12 @@ import signal
 import site
 import socket
 import sys
+from collections.abc import Set
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from subprocess import DEVNULL
+from typing import BinaryIO
 
 import anyio
 import grpc
@@ -30,6 +32,7 @@ from condor_lite.models import sandbox
 from condor_lite.models.folder import ModelFolder
 from condor_lite.models.guard import MARK, end_marked
 from condor_lite.models.limits import Limits
+from condor_lite.models.output import cap
 
 LOG_BYTES = 1_000_000
 
@@ -263,8 +266,7 @@ async def _open_process(
         temp.mkdir(parents=True, mode=0o700)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as log:
-        log.write(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} deployment {deployment_id}\n".encode())
-        log.flush()
+        _head(log, path, f"deployment {deployment_id}")
         return await anyio.open_process(
             [
                 *wrapped,
@@ -289,8 +291,25 @@ def log_path(settings: LaunchSettings, source: ModelFolder) -> Path:
 
 def note(settings: LaunchSettings, source: ModelFolder, reason: str) -> None:
     """Tell the participant in the model's log what the game has to say of it."""
-    with contextlib.suppress(OSError), log_path(settings, source).open("a", encoding="utf-8") as file:
-        file.write(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} not running: {reason}\n")
+    path = log_path(settings, source)
+    with contextlib.suppress(OSError), path.open("a+b") as log:
+        _head(log, path, f"not running: {reason}")
+
+
+def forget_logs(folder: Path, models: Set[str], before_s: float) -> None:
+    """Delete the logs that were last written to before that time (wall), but for those of these models."""
+    for path in [*folder.glob("*.log"), *folder.glob("*.log.1")]:
+        with contextlib.suppress(OSError):
+            gone = path.name.removesuffix(".1").removesuffix(".log") not in models
+            if gone and path.stat().st_mtime < before_s:
+                path.unlink()
+
+
+def _head(log: BinaryIO, path: Path, what: str) -> None:
+    """A line of the game's own. Also caps what processes left that did not live to do it."""
+    cap(log.fileno(), path, LOG_BYTES)
+    log.write(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} {what}\n".encode())
+    log.flush()
 
 
 def _environment(mark: str, temp: Path, *, sandboxed: bool) -> dict[str, str]:

@@ -242,6 +242,7 @@ def prune(conn: sqlite3.Connection, now_s: float, keep: StorageConfig, limit: in
         _prune_prices(conn, now_s - keep.keep_prices_s, limit),
         _prune_charts(conn, now_s - keep.keep_snapshots_s, limit),
         _prune_calibration(conn, rounds_before_s, limit),
+        _prune_deployments(conn, min(rounds_before_s, now_s - keep.keep_snapshots_s), limit),
     ):
         for rows in step:
             deleted += rows
@@ -313,4 +314,17 @@ def _prune_calibration(conn: sqlite3.Connection, before_s: float, limit: int) ->
         "(SELECT scorer_version, asset, horizon_s, step_s, model_no, hour_s FROM calibration "
         "WHERE hour_s < ? ORDER BY hour_s LIMIT ?)",
         (before_s, limit),
+    ).rowcount
+
+
+def _prune_deployments(conn: sqlite3.Connection, before_s: float, limit: int) -> Iterator[int]:
+    """Those that were replaced before that time, and all of a model that has been gone since."""
+    yield conn.execute(
+        "DELETE FROM deployment WHERE (model_no, deployment_id) IN "
+        "(SELECT model_no, d.deployment_id FROM deployment d JOIN model m USING (model_no) "
+        "JOIN (SELECT model_no, max(first_seen_at_s) AS since_s FROM deployment WHERE first_seen_at_s < ? "
+        "GROUP BY model_no) USING (model_no) "
+        "WHERE m.last_seen_at_s < ? OR d.first_seen_at_s < since_s AND d.deployment_id != m.deployment_id "
+        "LIMIT ?)",
+        (before_s, before_s, limit),
     ).rowcount

@@ -44,6 +44,14 @@ class Odd(TrackerBase):
             print(f"line {i} " + "x" * 100)
         os.write(2, b"and C code too\n")
 
+    def shouts_from_a_child(self, times):
+        """The child is there before the log is moved, and writes after it was."""
+        code = f"import sys; sys.stdin.read(); print('child ' * {times})"
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+        self.shouts(25_000)
+        child.communicate()
+        self.shouts(1)
+
     def start_child(self):
         return subprocess.Popen(["sleep", "300"]).pid
 
