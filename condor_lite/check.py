@@ -14,8 +14,10 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
+from condor_lite.clock import machine_s
 from condor_lite.config import Config
 from condor_lite.errors import ConfigError, StorageError
 from condor_lite.game.scoring import RuleError, load_rule
@@ -27,6 +29,7 @@ from condor_lite.prices.replay import ReplaySource
 from condor_lite.prices.source import Source, UnknownAsset
 from condor_lite.prices.sources import live_source
 from condor_lite.prices.web import WebSource
+from condor_lite.storage import repositories
 from condor_lite.storage.connection import checked_version, opening, require_sqlite, uri
 from condor_lite.storage.lock import lock_holder
 
@@ -35,6 +38,7 @@ LEAST_FREE_BYTES = 256 * 2**20
 _OWN_DESCRIPTORS = 128  # database, pool, report and feed
 _DESCRIPTORS_A_MODEL = 4
 _CONNECT_S = 3.0
+_AHEAD_S = 3600.0
 
 
 def check(config: Config) -> list[str]:
@@ -49,6 +53,7 @@ def check(config: Config) -> list[str]:
         *_orchestrator(config),
         *_recording(config),
         *_live(config),
+        *_stored_time(config),
         *_models(config),
     ]
 
@@ -97,18 +102,33 @@ def _storage(config: Config) -> Iterator[str]:
         yield from _database(database)
 
 
-def _database(database: Path) -> Iterator[str]:
+def _stored_time(config: Config) -> Iterator[str]:
+    database = config.storage.path
+    if config.feed.simulated or not database.is_file() or any(_database(database)):
+        return
+    with _reading(database) as connection:
+        ahead_s = (repositories.load_clock(connection) or 0.0) - machine_s()
+    if ahead_s > _AHEAD_S:
+        yield (
+            f"{database}: its game is {timedelta(seconds=round(ahead_s))} ahead of this machine's clock; if "
+            "that is wrong, set it right (NTP); if it is right, start the game: it goes back by itself as "
+            "soon as a source of prices confirms the time, and keeps every answer"
+        )
+
+
+def _reading(database: Path) -> closing[sqlite3.Connection]:
     # Reading a file in WAL mode makes a -wal that stays, unless SQLite may take the file for unchanging. It
     # may, as nobody holds the lock; but what a crash left in a -wal must be read too.
     unchanging = "" if database.with_name(f"{database.name}-wal").exists() else "&immutable=1"
+    return closing(sqlite3.connect(uri(database, "ro") + unchanging, uri=True))
+
+
+def _database(database: Path) -> Iterator[str]:
     try:
         if not database.is_file():
             raise StorageError(f"{database} is not a file; choose another storage.path")
         database.open("r+b").close()
-        with (
-            opening(database),
-            closing(sqlite3.connect(uri(database, "ro") + unchanging, uri=True)) as connection,
-        ):
+        with opening(database), _reading(database) as connection:
             checked_version(connection, database)
     except StorageError as error:
         yield str(error)

@@ -12,7 +12,16 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Protocol
+
+LEAP_S = 60.0  # by more, a machine's clock leaps: that is not believed without a witness
+_TOLD_S = 1.0  # a stand-still of less is not worth a word
+
+
+def machine_s() -> float:
+    """What the machine's clock says, right or wrong, epoch seconds."""
+    return time.time()
 
 
 class Clock(Protocol):
@@ -21,8 +30,13 @@ class Clock(Protocol):
     speed: float
 
     @property
-    def stands_still_for_s(self) -> float:
-        """How long (wall) the game's time will stand still; 0 nearly always."""
+    def doubt(self) -> str | None:
+        """Why nobody knows what time it is: no round is opened then. None nearly always."""
+        ...
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the machine's clock, in words; None nearly always."""
         ...
 
     def now(self) -> float:
@@ -43,44 +57,105 @@ class Clock(Protocol):
 
 
 class GameClock:
-    """The wall's clock, or from `start_s` on one that runs `speed` times faster than the wall's.
+    """The wall's clock, or from `start_s` on one that runs `speed` times faster than the wall's."""
 
-    Without `start_s` it is the wall's clock itself, except that it never goes back, also not behind
-    `not_before_s`: where somebody sets the wall's back, the game stands still until it has caught up.
-    """
-
+    doubt: str | None = None
+    trouble: str | None = None
     _LONGEST_SLEEP_S = 5.0  # on the wall: a clock that is set forward is noticed within that
 
-    def __init__(
-        self, start_s: float | None = None, speed: float = 1.0, *, not_before_s: float = 0.0
-    ) -> None:
+    def __init__(self, start_s: float | None = None, speed: float = 1.0) -> None:
         if start_s is None and speed != 1.0:
             raise ValueError("a clock with a speed needs a start")
         self.speed = speed
         self._start_s = start_s
         self._origin_s = time.monotonic()
-        self._latest_s = not_before_s
 
     def now(self) -> float:
         if self._start_s is not None:
             return self._start_s + (time.monotonic() - self._origin_s) * self.speed
-        self._latest_s = max(self._latest_s, time.time())
-        return self._latest_s
-
-    @property
-    def stands_still_for_s(self) -> float:
-        """How long the game's time will stand still, because the wall's clock was set back."""
-        return max(self._latest_s - time.time(), 0.0) if self._start_s is None else 0.0
+        return time.time()
 
     async def sleep_until(self, at_s: float) -> None:
         while (left_s := at_s - self.now()) > 0:  # noqa: ASYNC110 - a clock has no event
-            await asyncio.sleep(min(left_s / self.speed + self.stands_still_for_s, self._LONGEST_SLEEP_S))
+            await asyncio.sleep(min(left_s / self.speed, self._LONGEST_SLEEP_S))
 
     def wall_s(self, game_s: float) -> float:
         return game_s / self.speed
 
     def hold(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+class LiveClock(GameClock):
+    """The machine's clock as far as it can be believed, for games on live prices. It never goes back.
+
+    A machine's clock may be set wrong, by years, and right again, and a suspended machine's leaps rightly. So
+    this one follows it only where it moves by less than `LEAP_S` against a steady one, which nobody can set.
+    Where it leaps, this one goes on with the steady one, in `doubt`, until it is `told` what time it is.
+    `stored_s` is how far the game had come; a machine's clock that says otherwise has leapt, too.
+    """
+
+    def __init__(self, stored_s: float | None = None) -> None:
+        super().__init__()
+        self._line = (time.time() if stored_s is None else stored_s, time.monotonic())
+        self._known_gap_s = 0.0
+        self._latest_s = stored_s or 0.0
+        self.not_before_s = 0.0
+        """What is stored up to then can't be undone: the game's time can't be earlier."""
+
+    def now(self) -> float:
+        self._latest_s = max(self._latest_s, self.line_s, self.not_before_s)
+        return self._latest_s
+
+    @property
+    def line_s(self) -> float:
+        """What time it is, as far as is known: `now()`, or earlier where the game had gone too far ahead."""
+        (at_s, steady_s), now_s, wall_s = self._line, time.monotonic(), time.time()
+        own_s = at_s + now_s - steady_s
+        if abs(wall_s - own_s) <= LEAP_S:
+            own_s, self._known_gap_s = wall_s, 0.0
+        self._line = own_s, now_s
+        return own_s
+
+    def told(self, at_s: float) -> None:
+        """Somebody who knows says that it is `at_s`: the machine's clock is right, or wrong by so much."""
+        wall_s, own_s = time.time(), self.line_s
+        if abs(wall_s - at_s) <= LEAP_S:
+            own_s = wall_s
+        elif abs(own_s - at_s) > LEAP_S:
+            own_s = at_s
+        self._line = own_s, time.monotonic()
+        self._known_gap_s = wall_s - own_s
+
+    def go_back(self, not_before_s: float) -> None:
+        """Forget how far the game had gone ahead, but for `not_before_s`."""
+        self._latest_s = self.not_before_s = not_before_s
+
+    @property
+    def ahead_s(self) -> float:
+        """How far the game has gone ahead of the time, without need: it may go back so far."""
+        return self._latest_s - max(self.line_s, self.not_before_s)
+
+    @property
+    def doubt(self) -> str | None:  # type: ignore[override]
+        gap_s = time.time() - self.line_s
+        if abs(gap_s - self._known_gap_s) <= LEAP_S:
+            return None
+        return f"the machine's clock is {_differing(gap_s)} the game's, and no source of prices confirms it"
+
+    @property
+    def trouble(self) -> str | None:  # type: ignore[override]
+        if self.doubt:
+            return self.doubt
+        if (still_s := self._latest_s - self.line_s) > _TOLD_S:
+            return f"the machine's clock was set back: the game stands still for {still_s:.0f} s"
+        if abs(gap_s := time.time() - self.line_s) > LEAP_S:
+            return f"the machine's clock is {_differing(gap_s)} that of the prices, which the game goes by"
+        return None
+
+
+def _differing(gap_s: float) -> str:
+    return f"{timedelta(seconds=round(abs(gap_s)))} {'ahead of' if gap_s > 0 else 'behind'}"
 
 
 class SteppedClock:
@@ -91,6 +166,8 @@ class SteppedClock:
     machine.
     """
 
+    doubt: str | None = None
+    trouble: str | None = None
     _PASSES = 25  # turns of the event loop without a hold after which everybody is taken to be asleep
 
     def __init__(self, start_s: float, speed: float = 1.0) -> None:
@@ -101,10 +178,6 @@ class SteppedClock:
         self._holds = 0
         self._free = asyncio.Event()
         self._free.set()
-
-    @property
-    def stands_still_for_s(self) -> float:
-        return 0.0
 
     def now(self) -> float:
         return self._now_s

@@ -228,8 +228,8 @@ class PredictLoop:
                 continue
             if self._deadline_s(at_s, setting) <= now_s:
                 unheld.append(self._round(at_s, setting, RoundStatus.MISSED, missed_reason))
-            elif stale := self._stale(setting.asset, at_s):
-                unheld.append(self._round(at_s, setting, RoundStatus.SKIPPED, stale))
+            elif reason := self._clock.doubt or self._stale(setting.asset, at_s):
+                unheld.append(self._round(at_s, setting, RoundStatus.SKIPPED, reason))
             else:
                 opened.append(self._open(at_s, setting))
         if unheld:

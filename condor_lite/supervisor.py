@@ -17,7 +17,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from condor_lite import __version__, stopping
 from condor_lite.alarms import Alarms, stale_price
 from condor_lite.backup import Backups
-from condor_lite.clock import Clock, GameClock
+from condor_lite.clock import Clock, GameClock, LiveClock
 from condor_lite.config import Config
 from condor_lite.control import Control
 from condor_lite.errors import CondorError, StorageUnavailable
@@ -26,9 +26,9 @@ from condor_lite.models.orchestrator import Orchestrator
 from condor_lite.news import LeaderboardMade, LoopLate, News, PricesCame, ServiceRestarted, Tell
 from condor_lite.predict import PredictLoop
 from condor_lite.prices.feed import Feed
-from condor_lite.prices.replay import ReplaySource
 from condor_lite.prices.source import Source
 from condor_lite.prices.sources import make_sources
+from condor_lite.prices.witness import MEND_THE_CLOCK, Witness, simulated_clock
 from condor_lite.reload import Reloader
 from condor_lite.report import server
 from condor_lite.report.api import create_app
@@ -59,7 +59,7 @@ _TO_DO = {
     "orchestrator": "No model can be asked until it is; it is tried again all the time. See whether it runs, "
     "and whether orchestrator.host and orchestrator.port are right.",
     "late": "The machine is too busy. See what else runs on it, or lower scoring.workers.",
-    "clock": "The game goes on when the clock has caught up. Have the machine's clock kept by NTP.",
+    "clock": MEND_THE_CLOCK,
     "journal": "Answers are kept in memory and written as soon as that works. See to the disk's space and "
     "rights, and to other programs that have the file open; don't stop the game before.",
     "backup": "It is tried again, every 10 minutes at least; the game goes on. See to the folder "
@@ -193,6 +193,8 @@ class Game:
         self.backups = Backups(config.backup, db.path, GameClock()) if config.backup.every_s else None
         self.web: server.Server
         self.orchestrator: Orchestrator | None = None
+        self.ahead = asyncio.Event()
+        """Set when the game has gone ahead of the time, and must start again to go back."""
 
     def _on_checked(self, valid: Set[int], invalid: Mapping[int, str]) -> None:
         self.predict.on_checked(valid, invalid)
@@ -245,24 +247,13 @@ class Game:
         if self.predict.late_s > 1.0:
             what = f"the newest rounds opened {self.predict.late_s:.1f} s late"
             found.append(Problem(what, _TO_DO["late"]))
-        if (still_s := self.clock.stands_still_for_s) > 1.0:
-            what = f"the machine's clock was set back: the game stands still for {still_s:.0f} s"
-            found.append(Problem(what, _TO_DO["clock"]))
+        if trouble := self.clock.trouble:
+            found.append(Problem(trouble, _TO_DO["clock"]))
         if self.journal.failing:
             found.append(Problem(f"the database can't be written: {self.journal.failing}", _TO_DO["journal"]))
         if self.backups is not None and (failure := self.backups.state.failure):
             found.append(Problem(f"the last backup failed: {failure}", _TO_DO["backup"]))
         return found
-
-
-def _clock(config: Config, source: Source, stored_s: float | None) -> Clock:
-    """The game's clock: a simulated one goes on where the game stopped, and no clock goes back."""
-    if isinstance(source, ReplaySource):
-        start_s = config.game.start_s or source.default_start_s
-        return GameClock(max(start_s, stored_s or 0.0), config.game.speed)
-    if source.simulated and (config.game.speed != 1.0 or (stored_s or 0.0) > time.time() + 1):
-        return GameClock(stored_s if stored_s is not None else time.time(), config.game.speed)
-    return GameClock(not_before_s=stored_s or 0.0)
 
 
 async def run(config: Config, reloader: Reloader) -> bool:
@@ -276,9 +267,11 @@ async def run(config: Config, reloader: Reloader) -> bool:
     stopping.when_asked(partial(_on_loop, loop, stop.set))
     stopping.when_hung_up(partial(_on_loop, loop, reloader.ask))
     try:
-        async with playing(config) as game:
-            await stop.wait()
-            log.info("stopping", grace_s=config.game.shutdown_grace_s)
+        again = True
+        while again:
+            async with playing(config) as game:
+                again = await _is_to_start_again(game, stop)
+                log.info("stopping", grace_s=config.game.shutdown_grace_s)
     finally:
         stopping.when_asked(None)
         stopping.when_hung_up(None)
@@ -288,6 +281,19 @@ async def run(config: Config, reloader: Reloader) -> bool:
     else:
         log.info("stopped", stored="everything")
     return not game.journal.waiting
+
+
+async def _is_to_start_again(game: Game, stop: asyncio.Event) -> bool:
+    """Wait until the game is to end; whether another one is to begin then."""
+    waits = [asyncio.ensure_future(event.wait()) for event in (stop, game.ahead)]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    if again := not stop.is_set():
+        log.warning("starting_again", why="the game's time had gone ahead: the machine's clock was wrong")
+    return again
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, then: Callable[[], None]) -> None:
@@ -307,11 +313,18 @@ async def playing(config: Config, clock: Clock | None = None) -> AsyncIterator[G
         sources = make_sources(config)
         for source in sources:
             stack.push_async_callback(source.aclose)
-        clock = clock or _clock(config, sources[0], await db.read(repositories.load_clock))
+        witness, ahead = None, asyncio.Event()
+        if clock is None and sources[0].simulated:
+            clock = simulated_clock(config, sources[0], await db.read(repositories.load_clock))
+        elif clock is None:
+            clock = LiveClock(await db.read(repositories.load_clock))
+            witness = Witness(config, clock, sources, ahead.set)
+            await witness.confirm(db)
         failure: BaseException | None = None
         async with anyio.create_task_group() as tasks:
             try:
-                game = await _start(config, clock, db, sources, socket, tasks)
+                game = await _start(config, clock, db, sources, socket, tasks, witness)
+                game.ahead = ahead
                 try:
                     yield game
                 finally:
@@ -331,6 +344,7 @@ async def _start(
     sources: Sequence[Source],
     socket: socket_module.socket,
     tasks: TaskGroup,
+    witness: Witness | None,
 ) -> Game:
     """Start every service, the models' processes first: they take longest."""
     news = News()
@@ -362,6 +376,8 @@ async def _start(
         Service("report", game.web.run, news.tell),
         Service("watchdog", game.watchdog.run, news.tell),
     ]
+    if witness is not None:
+        started.append(Service("clock", witness.run, news.tell))
     if game.backups is not None:
         started.append(Service("backup", game.backups.run, news.tell))
     if config.webhook.url:

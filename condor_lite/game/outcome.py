@@ -130,8 +130,11 @@ def verdict(
 ) -> str:
     """`WAIT`, `SCORE` (its prices can no longer change), or the reason why the round is void.
 
-    `newest_s` is the asset's newest price, `now_s` the game's clock. Whether enough segments are resolved
-    shows once the outcome is known: `Realised.void_reason`.
+    `newest_s` is the asset's newest price, `now_s` the game's clock. That one may be trusted to void for want
+    of prices: it goes on by seconds, whether or not prices come, but leaps only where a source of prices
+    confirms it (`clock.LiveClock`). So a feed that is gone for good voids in `void_after` of the time that
+    the game has seen pass, and a machine's clock that is set ahead voids nothing. Whether enough segments are
+    resolved shows once the outcome is known: `Realised.void_reason`.
     """
     resolvable_at_s = round_.resolvable_at_s
     if newest_s is not None and newest_s >= resolvable_at_s:

@@ -19,6 +19,8 @@ from tests.test_program import catches
 from tests.torture.worlds import SPEED, Live, Replayed, World
 
 _SAID_WITHIN_S = 30.0
+_HOUR_S = 3600
+_YEAR_S = 365 * 86400
 
 
 class Impossible(Exception):
@@ -229,19 +231,23 @@ def port_taken(world: World, spell: Spell) -> list[str]:
 
 
 def clock_forward(world: World, spell: Spell) -> list[str]:
-    """the machine's clock set forward, and right again"""
-    world.set_wall(spell.span_s)
-    time.sleep(2.0)
-    world.set_wall(0.0)
-    return []
+    """the machine's clock set forward, by an hour or a year, and right again"""
+    return _set_wrong(world, spell, {_HOUR_S: "ahead of the game's", _YEAR_S: "ahead of the game's"})
 
 
 def clock_back(world: World, spell: Spell) -> list[str]:
-    """the machine's clock set back, and right again"""
-    world.set_wall(-10 * spell.span_s)  # so that there is time to see what it says
-    wrong = _endured(world, Spell(1.0, spell.moments), "the machine's clock was set back")
+    """the machine's clock set back, by half a minute or a year, and right again"""
+    return _set_wrong(world, spell, {-30: "the machine's clock was set back", -_YEAR_S: "behind the game's"})
+
+
+def _set_wrong(world: World, spell: Spell, said_by: dict[int, str]) -> list[str]:
+    by_s = spell.moments.choice(list(said_by))
+    world.set_wall(by_s)
+    wrong = _endured(world, Spell(min(spell.span_s, 10.0), spell.moments), said_by[by_s])
     world.set_wall(0.0)
-    return wrong
+    with closing(world.books.open()) as db:
+        (ahead_s,) = db.execute("SELECT max(scheduled_at_s) FROM round").fetchone()
+    return [*wrong, f"a round of {ahead_s} is stored"] if ahead_s > time.time() + 5 else wrong
 
 
 def feed_gone(world: World, spell: Spell) -> list[str]:
