@@ -290,7 +290,7 @@ def test_answers_without_a_round_or_of_no_status_of_an_answer_are_refused(conn: 
         repositories.add_answers(conn, [answer(round_no, a, AnswerStatus.ABSENT)])
 
 
-def test_a_payload_is_stored_in_a_fifth_of_what_was_sent(conn: sqlite3.Connection) -> None:
+def test_a_payload_is_stored_in_a_sixth_of_what_was_sent(conn: sqlite3.Connection) -> None:
     (a,) = join(conn, "a")
     (round_no,) = repositories.open_rounds(conn, [question(NOON_S)])
     assert round_no is not None
@@ -314,7 +314,7 @@ def test_a_payload_is_stored_in_a_fifth_of_what_was_sent(conn: sqlite3.Connectio
     repositories.add_answers(conn, [answer(round_no, a, payload=sent)])
     (stored,) = conn.execute("SELECT body FROM payload").fetchone()
     assert decompress(stored) == sent
-    assert len(stored) <= 0.2 * len(sent)
+    assert len(stored) <= len(sent) / 6
 
 
 # Validation

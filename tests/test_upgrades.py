@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import sqlite3
 from contextlib import closing
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from condor_lite.errors import StorageError
 from condor_lite.storage import compression, connection, repositories, scores
@@ -94,8 +97,9 @@ def test_an_upgrade_that_fails_half_way_leaves_the_file_as_it_was(
         assert {select: conn.execute(select).fetchall() for select in before} == before
 
 
-def test_the_dictionary_of_stored_payloads_never_changes() -> None:
-    assert hashlib.sha256(compression._DICTIONARY).hexdigest().startswith("599a5589007c590171f986c03a4d23c8")
+def test_the_dictionaries_of_stored_payloads_never_change() -> None:
+    hashes = [hashlib.sha256(one).hexdigest()[:32] for one in (compression._DICTIONARY, compression._FRAME)]
+    assert hashes == ["599a5589007c590171f986c03a4d23c8", "cffe940aed223a4d08df9059d188b54d"]
 
 
 @pytest.mark.parametrize("size", [0, 1, 500, 20_000, 2_000_000])
@@ -104,3 +108,22 @@ def test_payloads_are_read_as_they_were_sent(size: int) -> None:
     for body in (compression.compress(payload), zstandard.ZstdCompressor(level=3).compress(payload)):
         assert compression.decompress(body) == payload
         assert compression.whole_bytes(body) == size
+
+
+@settings(deadline=None)
+@given(
+    parts=st.lists(
+        st.one_of(
+            st.binary(max_size=20),
+            st.integers().map(lambda number: str(number).encode()),
+            st.floats().map(lambda number: json.dumps(number).encode()),
+            st.text("0123456789", max_size=600).map(str.encode),
+        )
+    ),
+    times=st.sampled_from([1, 300]),
+)
+def test_whatever_is_sent_is_read_as_it_was(parts: list[bytes], times: int) -> None:
+    payload = b" ".join(parts) * times
+    body = compression.compress(payload)
+    assert compression.decompress(body) == payload
+    assert compression.whole_bytes(body) == len(payload)
