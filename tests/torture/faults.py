@@ -19,6 +19,7 @@ from tests.test_program import catches
 from tests.torture.worlds import SPEED, Live, Replayed, World
 
 _SAID_WITHIN_S = 30.0
+_LESS_THAN_NUMPY_TAKES = 64 * 2**20
 _HOUR_S = 3600
 _YEAR_S = 365 * 86400
 
@@ -121,13 +122,24 @@ def terminate(world: World, spell: Spell) -> list[str]:
         if left := db.execute("SELECT count(*) FROM round WHERE status = 'open'").fetchone()[0]:
             wrong.append(f"{left} rounds are open after an orderly end")
     world.start()
-    time.sleep(spell.moments.uniform(0.1, 3.0))
+    time.sleep(spell.moments.uniform(0.1, min(1.5 * spell.span_s, 10.0)))
     unready = not catches(world.run.process.pid, signal.SIGTERM)
     code = world.run.end()
     if code and not (unready and code == -signal.SIGTERM):
         wrong.append(f"exit code {code} after SIGTERM during the start")
     world.start()
     return wrong
+
+
+def terminate_twice(world: World, spell: Spell) -> list[str]:
+    """SIGTERM, and another one while it stops"""
+    process = world.run.process
+    process.send_signal(signal.SIGTERM)
+    time.sleep(spell.moments.choice([0.0, 0.05, 0.5]))
+    code = world.run.end()
+    world.books.note_killed()
+    world.start()
+    return [] if code in (0, 128 + signal.SIGTERM) else [f"exit code {code} after two SIGTERMs"]
 
 
 def terminate_locked(world: World, spell: Spell) -> list[str]:
@@ -187,16 +199,24 @@ def read_only(world: World, spell: Spell) -> list[str]:
 
 
 def pool_memory(world: World, spell: Spell) -> list[str]:
-    """no more memory for a scoring process (RLIMIT_AS)"""
+    """no more memory for the scoring processes (RLIMIT_AS), while they work and while they start"""
     process = world.child("spawn_main")
     if process is None:
         return ["there is no scoring process"]
-    soft, hard = process.rlimit(resource.RLIMIT_AS)
-    process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms, hard))
+    process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms, resource.RLIM_INFINITY))
     time.sleep(spell.span_s)
-    with suppress(psutil.NoSuchProcess):
-        process.rlimit(resource.RLIMIT_AS, (soft, hard))
-    return []
+    process.kill()
+    hit, until_s = 0, time.monotonic() + spell.span_s
+    while time.monotonic() < until_s:
+        with suppress(psutil.NoSuchProcess):
+            if (starting := world.child("spawn_main")) not in (None, process):
+                starting.rlimit(resource.RLIMIT_AS, (_LESS_THAN_NUMPY_TAKES, resource.RLIM_INFINITY))
+                process, hit = starting, hit + 1
+        time.sleep(0.01)
+    if process.is_running():  # one that met no shortage yet may go on
+        with suppress(psutil.NoSuchProcess):
+            process.rlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return [] if hit else ["no scoring process was started"]
 
 
 def descriptors(world: World, spell: Spell) -> list[str]:
@@ -290,6 +310,7 @@ FAULTS: dict[type[World], tuple[Fault, ...]] = {
         descriptors,
         kill,
         terminate,
+        terminate_twice,
         terminate_locked,
         port_taken,
     ),
