@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from sqlite3 import Row
 from typing import Literal
 
@@ -22,7 +23,6 @@ from condor_lite.report.answers import (
 )
 from condor_lite.report.charts import REPORT_SCHEMA
 from condor_lite.report.context import Context
-from condor_lite.report.game import round_id
 from condor_lite.report.params import BadParameter
 from condor_lite.report.replies import Reply, pack
 from condor_lite.storage import queries
@@ -33,6 +33,7 @@ DEFAULT_RANGE_S = 30 * 86400
 _BRIEFLY_S = 2
 _SCHEMA_FOR_S = 3600
 _FEEDS_FOR_S = 15.0  # counting all prices takes a while
+_AS_SCHEDULED = itemgetter(4, -2, -1)  # the time, the round's number, the model's
 _STATUS_REASONS = {"FAILED": "the call failed", "TIMEOUT": "no answer within the round's deadline"}
 
 
@@ -110,7 +111,7 @@ async def predictions(context: Context, sent: PredictionsParams) -> Reply:
             _prediction_row,
             _BRIEFLY_S,
             headers,
-            order=lambda row: (row["scheduled_at_s"], row["round_no"], row["model_no"]),
+            order=_AS_SCHEDULED,
         )
 
 
@@ -226,62 +227,70 @@ def _granularity(config: Config) -> str:
 
 
 def _snapshot_row(row: Row) -> SnapshotRow:
-    return SnapshotRow(
-        row["model_id"],
-        row["score_recent"],
-        row["score_steady"],
-        row["score_anchor"],
-        naive_moment(row["at_s"]),
-        row["scorer_version"],
-    )
+    model_id, version, at_s, recent, steady, anchor = row
+    return SnapshotRow(model_id, recent, steady, anchor, naive_moment(at_s), version)
 
 
 def _setting_snapshot_row(row: Row) -> SettingSnapshotRow:
+    model_id, version, at_s, recent, steady, anchor, asset, horizon_s, step_s = row
+    param = f"{asset}-{horizon_s}-{step_s}"
     return SettingSnapshotRow(
-        row["model_id"],
-        f"{row['asset']}-{row['horizon_s']}-{row['step_s']}",
-        row["asset"],
-        row["horizon_s"],
-        row["step_s"],
-        row["score_recent"],
-        row["score_steady"],
-        row["score_anchor"],
-        naive_moment(row["at_s"]),
-        row["scorer_version"],
+        model_id, param, asset, horizon_s, step_s, recent, steady, anchor, naive_moment(at_s), version
     )
 
 
 def _prediction_row(row: Row) -> PredictionRow:
-    reason = _failed_reason(row)
+    (  # by place: looking names up takes longer than all the rest
+        model_id,
+        asset,
+        horizon_s,
+        step_s,
+        scheduled_at_s,
+        performed_at_ms,
+        round_status,
+        round_reason,
+        status,
+        detail,
+        version,
+        exec_time_us,
+        scored_at_ms,
+        raw,
+        score,
+        *_,
+    ) = row
+    param = f"{asset}-{horizon_s}-{step_s}"
+    reason = None
+    if raw is None or round_status == "void":
+        reason = _failed_reason(status, detail, round_status, round_reason)
     return PredictionRow(
-        model_id=row["model_id"],
-        param=f"{row['asset']}-{row['horizon_s']}-{row['step_s']}",
-        asset=row["asset"],
-        horizon=row["horizon_s"],
-        step=row["step_s"],
-        score_value=row["score"],
-        score_failed=reason is not None,
-        score_failed_reason=reason,
-        scored_at=None if row["scored_at_ms"] is None else naive_moment(row["scored_at_ms"] // 1000),
-        performed_at=naive_moment(
-            row["scheduled_at_s"] if row["performed_at_ms"] is None else row["performed_at_ms"] // 1000
-        ),
-        round_id=round_id(row),
-        status=row["answer_status"],
-        raw_score=row["raw"],
-        exec_time_us=row["exec_time_us"],
-        scorer_version=row["scorer_version"],
+        model_id,
+        param,
+        asset,
+        horizon_s,
+        step_s,
+        score,
+        reason is not None,
+        reason,
+        None if scored_at_ms is None else naive_moment(scored_at_ms // 1000),
+        naive_moment(scheduled_at_s if performed_at_ms is None else performed_at_ms // 1000),
+        f"{param}-{scheduled_at_s}",
+        status,
+        raw,
+        exec_time_us,
+        version,
     )
 
 
-def _failed_reason(row: Row) -> str | None:
-    """Why there is no score of the model's own and will be none; None where there is one, or may be yet."""
-    if row["answer_status"] != "SUCCESS":
-        return row["detail"] or _STATUS_REASONS[row["answer_status"]]
-    if row["status"] == "void":
-        return f"the round is void: {row['reason']}"
-    if row["status"] == "scored" and row["raw"] is None:
-        return row["detail"] or "the answer could not be scored"
+def _failed_reason(
+    status: str, detail: str | None, round_status: str, round_reason: str | None
+) -> str | None:
+    """Why there is no score of the model's own and will be none; None where there may be one yet."""
+    if status != "SUCCESS":
+        return detail or _STATUS_REASONS[status]
+    if round_status == "void":
+        return f"the round is void: {round_reason}"
+    if round_status == "scored":
+        return detail or "the answer could not be scored"
     return None
 
 

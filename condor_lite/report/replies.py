@@ -55,8 +55,8 @@ def pack(
     zipped = None
     if len(body) >= _ZIP_FROM_BYTES:
         zipped = gzip.compress(body, compresslevel=_ZIP_LEVEL, mtime=0)
-    # Weak: the same tag stands for the body and for its gzip.
-    etag = f'W/"{blake2b(body, digest_size=12).hexdigest()}"'
+    # Weak: the same tag stands for the body and for its gzip, of which the shorter one is soon read.
+    etag = f'W/"{blake2b(zipped or body, digest_size=12).hexdigest()}"'
     head = {
         "content-type": media_type,
         "cache-control": f"public, max-age={max_age_s}" if max_age_s else "no-store",

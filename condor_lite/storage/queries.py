@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Sequence
 from typing import Literal
@@ -21,9 +22,9 @@ _AFTER_ALL = 2**62
 
 # For a round that was scored more than once, the result of the newest scorer that is published.
 NEWEST = """
-    (SELECT max(n.scorer_version) FROM round_score n
-     CROSS JOIN scorer v ON v.scorer_version = n.scorer_version
-     WHERE n.round_no = r.round_no AND v.published)
+    (SELECT n.scorer_version FROM round_score n
+     WHERE n.round_no = r.round_no AND n.scorer_version IN (SELECT scorer_version FROM scorer WHERE published)
+     ORDER BY n.scorer_version DESC LIMIT 1)
 """
 RESULT = f"""
     LEFT JOIN round_score q ON q.round_no = r.round_no AND q.scorer_version = {NEWEST}
@@ -115,26 +116,28 @@ async def snapshots(
     named = "CROSS JOIN model m ON m.model_no = t.model_no"
     within = "t.created_at_s BETWEEN ? AND ?"
     if model_nos is not None and len(model_nos) <= _ONE_BY_ONE:
-        chosen = f"WHERE t.model_no IN (SELECT value FROM json_each(?)) AND {within}"  # noqa: S608
-        params: tuple[object, ...] = (_json(model_nos), start_s, end_s)
+        chosen = f"t.model_no IN ({', '.join('?' * len(model_nos))}) AND {within}"
+        params: tuple[object, ...] = (*model_nos, start_s, end_s)
         ((count,),) = await readers.fetch(
-            f"SELECT count(*) FROM (SELECT 1 FROM {table} t {chosen} LIMIT {_WORTH_COUNTING})",  # noqa: S608
+            f"SELECT count(*) FROM (SELECT 1 FROM {table} t WHERE {chosen} LIMIT {_WORTH_COUNTING})",  # noqa: S608
             params,
         )
-        if count <= limit:
+        if count < _WORTH_COUNTING:
+            thinned = ""
+            if count > limit:
+                span_s = spacing_s * -(-count // limit)
+                thinned = f"""
+                    AND NOT EXISTS (
+                        SELECT 1 FROM {table} n WHERE n.model_no = t.model_no
+                        AND n.created_at_s > t.created_at_s
+                        AND n.created_at_s < min(?, (t.created_at_s / ? + 1) * ?)
+                    )
+                """  # noqa: S608
+                params = (*params, math.floor(end_s) + 1, span_s, span_s)
             return await readers.fetch(
                 f"SELECT m.model_id, t.scorer_version, t.created_at_s AS at_s, {scores}{setting} "  # noqa: S608
-                f"FROM {table} t {named} {chosen} {order}",
-                params,
-            )
-        if count < _WORTH_COUNTING:
-            span_s = spacing_s * -(-count // limit)
-            return await readers.fetch(
-                # With a lone max(), the other columns are those of the row that holds it.
-                f"SELECT m.model_id, t.scorer_version, max(t.created_at_s) AS at_s, {scores}{setting} "  # noqa: S608
-                f"FROM {table} t {named} {chosen} "
-                f"GROUP BY t.model_no{setting}, t.created_at_s / ? {order} LIMIT ?",
-                (*params, span_s, limit),
+                f"FROM {table} t {named} WHERE {chosen} {thinned} {order} LIMIT ?",
+                (*params, limit),
             )
     among, some = ("", ()) if model_nos is None else _among(model_nos)
     return await readers.fetch(
@@ -167,37 +170,41 @@ async def predictions(
     if first is None:
         return []
     below = before or (_AFTER_ALL, 0)
-    last = min(last, below[0])
-    wanted = """
-        FROM prediction p CROSS JOIN round r ON r.round_no = p.round_no
-        WHERE p.round_no BETWEEN ? AND ? AND r.scheduled_at_s BETWEEN ? AND ?
-          AND (p.round_no, p.model_no) < (?, ?)
+    within = """
+        p.round_no BETWEEN ? AND ? AND r.scheduled_at_s BETWEEN ? AND ?
+        AND (p.round_no, p.model_no) < (?, ?)
     """
-    params: list[object] = []
-    if model_nos is not None and len(model_nos) <= _ONE_BY_ONE:
+    bounds = (first, min(last, below[0]), start_s, end_s, *below)
+    rounds = "CROSS JOIN round r ON r.round_no = p.round_no"
+    by_model = f"prediction p INDEXED BY prediction_by_model {rounds}"
+    params: list[object]
+    page = ""
+    if model_nos is not None and 1 < len(model_nos) <= _ONE_BY_ONE:
         newest = f"""
-            SELECT * FROM (SELECT p.round_no, p.model_no {wanted} AND p.model_no = ?
+            SELECT * FROM (SELECT p.round_no, p.model_no FROM {by_model} WHERE {within} AND p.model_no = ?
                            ORDER BY p.round_no DESC LIMIT ?)
         """  # noqa: S608 - only constants
-        keys = " UNION ALL ".join([newest] * len(model_nos))
-        for model_no in model_nos:
-            params += [first, last, start_s, end_s, *below, model_no, limit]
+        page = f"""
+            WITH page AS MATERIALIZED (
+                {" UNION ALL ".join([newest] * len(model_nos))} ORDER BY round_no DESC, model_no DESC LIMIT ?
+            )
+        """
+        source = f"page CROSS JOIN prediction p USING (round_no, model_no) {rounds}"
+        where, params = "true", [each for model_no in model_nos for each in (*bounds, model_no, limit)]
+        params.append(limit)
+    elif model_nos is not None and len(model_nos) == 1:
+        source, where, params = by_model, f"{within} AND p.model_no = ?", [*bounds, *model_nos]
     else:
         among, some = ("", ()) if model_nos is None else _among(model_nos, "p")
-        keys = f"""
-            SELECT p.round_no, p.model_no {wanted} {among}
-            ORDER BY p.round_no DESC, p.model_no DESC LIMIT ?
-        """
-        params += [first, last, start_s, end_s, *below, *some, limit]
+        source, where, params = f"prediction p {rounds}", f"{within} {among}", [*bounds, *some]
     return await readers.fetch(
         f"""
-        WITH found AS MATERIALIZED ({keys}),
-             page AS MATERIALIZED (SELECT * FROM found ORDER BY round_no DESC, model_no DESC LIMIT ?)
-        SELECT {_ROUND}, p.model_no, m.model_id, {ANSWER}, p.exec_time_us,
-               q.scored_at_ms, s.raw, s.score
-        FROM page CROSS JOIN prediction p ON p.round_no = page.round_no AND p.model_no = page.model_no
-        CROSS JOIN round r ON r.round_no = p.round_no CROSS JOIN model m ON m.model_no = p.model_no {RESULT}
-        ORDER BY p.round_no DESC, p.model_no DESC
+        {page}
+        SELECT m.model_id, r.asset, r.horizon_s, r.step_s, r.scheduled_at_s, r.performed_at_ms, r.status,
+               r.reason, {ANSWER}, p.exec_time_us, q.scored_at_ms, s.raw, s.score, r.resolvable_at_s,
+               p.round_no, p.model_no
+        FROM {source} CROSS JOIN model m ON m.model_no = p.model_no {RESULT}
+        WHERE {where} ORDER BY p.round_no DESC, p.model_no DESC LIMIT ?
         """,  # noqa: S608 - only constants
         (*params, limit),
     )
