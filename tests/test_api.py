@@ -74,11 +74,6 @@ NO_LEADERBOARD = {
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 async def game(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Game]:
     async with serve(tmp_path_factory.mktemp("game")) as served:
         await play(served)

@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import sqlite3
-import sys
 import threading
 import time
 from collections import Counter
@@ -29,11 +28,10 @@ from condor_lite.storage import backup, repositories
 from condor_lite.storage.backup import back_up, restore
 from condor_lite.storage.connection import APPLICATION_ID
 from condor_lite.storage.database import Database, open_read_only
-from condor_lite.supervisor import playing
 from tests.fleet import ModelServer
+from tests.games import REMOTE, as_wide_as, joined, orchestrated, settle, window_scores
+from tests.program import verb
 from tests.stage import START_S, load, until
-from tests.test_export import CONFIG, as_wide_as, orchestrated, ready
-from tests.test_program import window_scores
 
 pytestmark = pytest.mark.anyio
 
@@ -57,31 +55,19 @@ PLAYED = (
 )
 
 
-async def command(folder: Path, *arguments: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "condor_lite", *arguments, "--config", str(folder / "config.toml")),
-        stdout=asyncio.subprocess.PIPE,
-    )
-    said, _ = await process.communicate()
-    assert process.returncode == 0
-    return said.decode()
-
-
 async def test_a_game_plays_on_from_a_backup(tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere" / "copy.db"
     async with orchestrated(
         ModelServer("sharp", as_wide_as(5e-5)), ModelServer("wide", as_wide_as(3e-4))
     ) as orchestrator:
-        config = load(tmp_path, CONFIG.format(port=orchestrator.port))
+        config = load(tmp_path, REMOTE.format(port=orchestrator.port))
         path = config.storage.path
 
         clock = SteppedClock(START_S - 30)
-        async with playing(config, clock) as game:
-            await until(lambda: ready(game) == 2)
-            await clock.run_until(START_S + HOUR_S // 2 + 1)
-            await game.journal.flushed()
-            await game.score.finish()
-            assert f"wrote {copy}: " in await command(tmp_path, "backup", str(copy))
+        async with joined(config, clock, 2) as game:
+            await settle(game, clock, START_S + HOUR_S // 2 + 1)
+            code, said = await asyncio.to_thread(verb, tmp_path, "backup", str(copy))
+            assert (code, f"wrote {copy}: " in said) == (0, True), said
             with pytest.raises(StorageError, match="runs this game; stop it"):
                 restore(copy, path, tell=nobody)
             await clock.run_until(START_S + HOUR_S)
@@ -89,18 +75,15 @@ async def test_a_game_plays_on_from_a_backup(tmp_path: Path) -> None:
         held = rows(copy, PLAYED)
         assert 0 < len(held) < len(rows(path, PLAYED))
 
-        said = await command(tmp_path, "restore", str(copy))
+        code, said = await asyncio.to_thread(verb, tmp_path, "restore", str(copy))
         former = path.with_name(f"{path.name}.replaced-1")
-        assert str(former) in said
+        assert (code, str(former) in said) == (0, True), said
         assert rows(path, PLAYED) == held
         assert len(rows(former, PLAYED)) > len(held)
 
         clock = SteppedClock(START_S + 2 * HOUR_S)
-        async with playing(config, clock) as game:
-            await until(lambda: ready(game) == 2)
-            await clock.run_until(START_S + 2 * HOUR_S + 2400)
-            await game.journal.flushed()
-            await game.score.finish()
+        async with joined(config, clock, 2) as game:
+            await settle(game, clock, START_S + 2 * HOUR_S + 2400)
             assert game.live.leaderboard is not None
             published = {
                 standing.model.info.model_id: standing.overall.recent
@@ -367,7 +350,7 @@ def test_the_commands_say_what_they_did_or_why_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stopping, "restore", lambda: None)
-    (tmp_path / "config.toml").write_text(CONFIG.format(port=1))
+    (tmp_path / "config.toml").write_text(REMOTE.format(port=1))
     config, copy = ["--config", str(tmp_path / "config.toml")], str(tmp_path / "copy.db")
     assert cli.main(["backup", copy, *config]) == 2
     assert "there is no database" in capsys.readouterr().err
@@ -504,7 +487,7 @@ async def test_a_folder_that_is_slow_to_read_holds_nobody_up(
 
     def slowly(backups: Backups) -> dict[Path, str]:
         asked.set()
-        seen.append(answered.wait(10))
+        seen.append(answered.wait(60))
         return {}
 
     monkeypatch.setattr(Backups, "_found", slowly)
@@ -517,8 +500,8 @@ async def test_a_folder_that_is_slow_to_read_holds_nobody_up(
 
 async def test_a_game_makes_them_when_the_config_says_so(tmp_path: Path) -> None:
     async with orchestrated() as orchestrator:
-        text = CONFIG.format(port=orchestrator.port) + '[backup]\nevery = "1h"\n'
+        text = REMOTE.format(port=orchestrator.port) + '[backup]\nevery = "1h"\n'
         config = load(tmp_path, text)
         assert config.backup.path == tmp_path / "backups"
-        async with playing(config, SteppedClock(START_S)):
+        async with joined(config, SteppedClock(START_S), 0):
             await until(lambda: config.backup.path.exists() and list(config.backup.path.glob("condor-*.db")))

@@ -27,11 +27,10 @@ from condor_lite.prices.grid import QUIET_S
 from condor_lite.prices.source import SourceError
 from condor_lite.storage import repositories
 from condor_lite.storage.database import open_read_only
-from condor_lite.supervisor import playing
 from tests.exchange import MINUTE_S, Exchange, walk
 from tests.fleet import ModelServer
-from tests.stage import START_S, until
-from tests.test_export import as_wide_as, orchestrated, ready
+from tests.games import as_wide_as, joined, orchestrated, settle
+from tests.stage import START_S
 
 pytestmark = pytest.mark.anyio
 
@@ -160,11 +159,8 @@ async def test_three_days_of_trouble_lose_and_repeat_nothing(
             monkeypatch.setattr(supervisor, "make_sources", lambda config, exchange=exchange: [exchange])
             for model in models:
                 model.ticks = []
-            async with playing(config, clock) as game:
-                await until(lambda game=game: ready(game) == len(models))
-                await clock.run_until(end_s)
-                await game.journal.flushed()
-                await game.score.finish()
+            async with joined(config, clock, len(models)) as game:
+                await settle(game, clock, end_s)
                 leaderboard = game.live.leaderboard
             runs.append([model.ticks for model in models])
     assert leaderboard is not None

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import axe_playwright_python
-import numpy as np
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, expect, sync_playwright
 
 import condor_lite
+from tests.prices import record, wild_walk
+from tests.program import Program, program
 from tests.served import EVIL
-from tests.test_program import Program, program
 
 START_S = 1_700_000_400
 LIMIT_MS = 30_000  # what comes by itself comes within seconds; this is for a machine with much to do
@@ -148,16 +148,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_recording(folder: Path) -> None:
     """15 hours, of which the game starts in the second. ETH is silent at times, so that rounds are void."""
-    folder.mkdir()
-    generator = np.random.default_rng(1)
-    for asset, level, width in (("BTC", 30_000, 4e-4), ("ETH", 1700, 1e-3)):
-        prices = level * np.exp(np.cumsum(generator.standard_t(3, 900) * width))
-        rows = [
-            f"{START_S + 60 * (minute - 60)},{price:.9g}"
-            for minute, price in enumerate(prices)
+    for seed, (asset, level, width) in enumerate((("BTC", 30_000, 4e-4), ("ETH", 1700, 1e-3))):
+        prices = [
+            (START_S + 60 * (minute - 60), price)
+            for minute, price in enumerate(wild_walk(seed, 900, level, width))
             if asset != "ETH" or minute % 40 not in range(24, 30)
         ]
-        (folder / f"{asset}.csv").write_text("timestamp,close\n" + "\n".join(rows) + "\n")
+        record(folder, asset, prices)
 
 
 @pytest.fixture(scope="module")

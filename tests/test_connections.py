@@ -28,11 +28,6 @@ LARGE = b"x" * 20_000_000
 ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @dataclass
 class Large:
     """Makes its body anew for each client."""

@@ -26,20 +26,16 @@ from condor_lite.report.connections import SECURITY_HEADERS
 from condor_lite.report.events import EVENTS
 from condor_lite.report.stream import Stream
 from condor_lite.supervisor import playing
+from tests.games import ready, settle
 from tests.pages import page
 from tests.served import START_S, Game, serve
 from tests.stage import until
-from tests.test_whole_game import BUNDLED, SETTINGS, ready
+from tests.test_whole_game import BUNDLED, SETTINGS
 
 pytestmark = pytest.mark.anyio
 
 Event = tuple[str, str, Any]
 """id, name, data"""
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture
@@ -121,9 +117,7 @@ async def test_a_real_game_tells_what_happens(tmp_path: Path) -> None:
         httpx.AsyncClient(base_url=game.web.url) as client,
     ):
         await until(lambda: ready(game) == len(BUNDLED))
-        await clock.run_until(start_s + 3600)
-        await game.journal.flushed()
-        await game.score.finish()
+        await settle(game, clock, start_s + 3600)
         seen: list[Event] = []
         while sum(name == "round_scored" for _, name, _ in seen) < 4:
             seen.append(await reader.event())

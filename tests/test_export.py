@@ -37,75 +37,23 @@ from condor_lite.prices.replay import read_recording
 from condor_lite.storage import repositories, scores
 from condor_lite.storage.database import Database, open_read_only
 from condor_lite.storage.exports import Wanted
-from condor_lite.supervisor import Game, playing
 from tests.exchange import Exchange, walk
-from tests.fleet import ModelServer, Orchestrator
-from tests.fleet.model import Behaviour, CallRequest, Wire, answers_well, normals, success
-from tests.stage import START_S, until
+from tests.fleet import ModelServer
+from tests.games import REMOTE, as_wide_as, joined, orchestrated, settle
+from tests.program import verb
+from tests.stage import START_S
 
 pytestmark = pytest.mark.anyio
 
 HOUR_S = 3600
-
-CONFIG = """
-[[game.settings]]
-assets = ["BTC", "ETH"]
-horizon = "10m"
-step = "1m"
-interval = "2m"
-
-[feed]
-history = "2h"
-
-[orchestrator]
-mode = "remote"
-port = {port}
-
-[report]
-port = 0
-
-[scoring]
-workers = 1
-"""
-
-
-def as_wide_as(sigma: float) -> Behaviour:
-    async def behaviour(model: ModelServer, request: CallRequest) -> Wire:
-        if request.methodName == "tick":
-            return await answers_well(model, request)
-        return success(normals(request, sigma))
-
-    return behaviour
-
-
-@asynccontextmanager
-async def orchestrated(*models: ModelServer) -> AsyncIterator[Orchestrator]:
-    orchestrator = Orchestrator()
-    await orchestrator.start()
-    try:
-        for model in models:
-            await model.start()
-        await orchestrator.announce(*models)
-        yield orchestrator
-    finally:
-        for model in models:
-            await model.stop()
-        await orchestrator.stop()
-
-
-def ready(game: Game) -> int:
-    return sum(known.lane is not None and known.lane.ready for known in game.predict.participants.values())
 
 
 async def play(
     config: Config, clock: SteppedClock, models: int, then: Callable[[], Awaitable[None]] | None = None
 ) -> None:
     """An hour of rounds and the time until the last one is scored; `then` while the game still runs."""
-    async with playing(config, clock) as game:
-        await until(lambda: ready(game) == models)
-        await clock.run_until(START_S + HOUR_S + 900)
-        await game.journal.flushed()
-        await game.score.finish()
+    async with joined(config, clock, models) as game:
+        await settle(game, clock, START_S + HOUR_S + 900)
         if then is not None:
             await then()
 
@@ -143,25 +91,19 @@ async def test_a_recorded_live_hour_played_again_gives_the_same_rounds_and_score
     async with orchestrated(sharp, wide) as orchestrator:
         for name in ("live", "again"):
             (tmp_path / name).mkdir()
-        (tmp_path / "live" / "config.toml").write_text(CONFIG.format(port=orchestrator.port))
+        (tmp_path / "live" / "config.toml").write_text(REMOTE.format(port=orchestrator.port))
         live = configuration.load(tmp_path / "live" / "config.toml", {})
         recording = tmp_path / "recording"
 
         async def record() -> None:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "condor_lite", "export", "prices", str(recording)),
-                *("--config", str(tmp_path / "live" / "config.toml")),
-                stdout=asyncio.subprocess.PIPE,
-            )
-            said, _ = await process.communicate()
-            assert process.returncode == 0
-            assert f"wrote {recording / 'BTC.csv'}: " in said.decode()
+            code, said = await asyncio.to_thread(verb, tmp_path / "live", "export", "prices", str(recording))
+            assert (code, f"wrote {recording / 'BTC.csv'}: " in said) == (0, True), said
 
         with monkeypatch.context() as patch:
             patch.setattr(supervisor, "make_sources", lambda config: [exchange])
             await play(live, clock, 2, record)
 
-        text = CONFIG.format(port=orchestrator.port).replace(
+        text = REMOTE.format(port=orchestrator.port).replace(
             "[feed]", f'[feed]\nsource = "replay"\npath = "{recording}"'
         )
         (tmp_path / "again" / "config.toml").write_text(text)
@@ -300,7 +242,7 @@ async def test_the_command_says_what_it_wrote_or_why_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stopping, "restore", lambda: None)
-    (tmp_path / "config.toml").write_text(CONFIG.format(port=1))
+    (tmp_path / "config.toml").write_text(REMOTE.format(port=1))
     out = tmp_path / "out"
     command = ["export", "prices", str(out), "--config", str(tmp_path / "config.toml")]
     assert cli.main(command) == 2
@@ -535,7 +477,7 @@ async def test_the_command_exports_what_its_options_say(
 ) -> None:
     monkeypatch.setattr(stopping, "restore", lambda: None)
     (tmp_path / "config.toml").write_text(
-        CONFIG.format(port=1) + f'[storage]\npath = "{tmp_path / "game.db"}"\n'
+        REMOTE.format(port=1) + f'[storage]\npath = "{tmp_path / "game.db"}"\n'
     )
     out = tmp_path / "out.jsonl"
     options = ["--format", "jsonl", "--config", str(tmp_path / "config.toml"), "--since", "1m"]

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
-import sqlite3
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import anyio
 import httpx
 import pytest
 
@@ -26,9 +18,11 @@ from condor_lite.clock import SteppedClock
 from condor_lite.prices import web
 from condor_lite.prices.coinbase import CoinbaseSource
 from condor_lite.scaffold import init
-from condor_lite.supervisor import Game, playing
+from condor_lite.supervisor import Game
+from tests.games import joined, settle
 from tests.price_server import Fault, PriceServer, price
-from tests.stage import START_S, until
+from tests.program import Program, database, program
+from tests.stage import START_S
 
 pytestmark = pytest.mark.anyio
 
@@ -82,33 +76,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SteppedClock:
     return stepped
 
 
-def ready(game: Game) -> bool:
-    return any(known.lane is not None and known.lane.ready for known in game.predict.participants.values())
-
-
-@asynccontextmanager
-async def program(folder: Path, server: PriceServer) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """The program in `folder`, with its address; stopped in the end. What it says is in `folder/console`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    overrides = {"FEED__BASE_URL": server.url, "REPORT__PORT": str(port), "ORCHESTRATOR__PORT": "0"}
-    with (folder / "console").open("wb") as console:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "condor_lite"),
-            cwd=folder,
-            env={**os.environ, **{f"CONDOR_LITE__{name}": value for name, value in overrides.items()}},
-            stdout=console,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield process, f"http://127.0.0.1:{port}"
-        finally:
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM)
-            await process.wait()
-
-
 async def get(game: Game, path: str) -> Any:
     async with httpx.AsyncClient(trust_env=False) as client:
         reply = await client.get(game.web.url + path)
@@ -116,7 +83,7 @@ async def get(game: Game, path: str) -> Any:
 
 
 def read(folder: Path, sql: str) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(f"file:{folder / 'data' / 'condor.db'}?mode=ro", uri=True)) as db:
+    with closing(database(folder)) as db:
         return db.execute(sql).fetchall()
 
 
@@ -124,9 +91,7 @@ async def test_an_outage_is_survived_without_a_price_made_up(challenge: Path, cl
     async with PriceServer(now=clock.now) as server:
         environ = {"CONDOR_LITE__FEED__BASE_URL": server.url}
         config = configuration.load(challenge / "config.toml", environ)
-        async with playing(config, clock) as game:
-            await until(lambda: ready(game))
-
+        async with joined(config, clock, 1) as game:
             await clock.run_until(START_S + 20 * MINUTE_S)
             await game.journal.flushed()
             rows = {row["subject"]: row for row in await get(game, "/reports/feeds")}
@@ -153,9 +118,7 @@ async def test_an_outage_is_survived_without_a_price_made_up(challenge: Path, cl
             assert "BTC" in reply.text
 
             server.outage = None
-            await clock.run_until(START_S + 60 * MINUTE_S)
-            await game.journal.flushed()
-            await game.score.finish()
+            await settle(game, clock, START_S + 60 * MINUTE_S)
             assert not [state for state in game.feed.states() if state.stale or state.error]
 
     for asset in ("BTC", "ETH"):
@@ -171,25 +134,23 @@ async def test_an_outage_is_survived_without_a_price_made_up(challenge: Path, cl
         assert set(played) <= {"scored", "closed", "open"}
 
 
+def feeds(run: Program, points: int) -> list[dict[str, Any]]:
+    """Once all of them have so many."""
+    rows: list[dict[str, Any]] = run.get("/reports/feeds")
+    return rows if all(row["record_count"] >= points for row in rows) else []
+
+
 async def test_the_program_has_its_history_from_the_exchange_and_stops_cleanly(challenge: Path) -> None:
-    async with (
-        PriceServer() as server,
-        httpx.AsyncClient(trust_env=False) as client,
-        program(challenge, server) as (process, url),
-    ):
-        rows: list[dict[str, Any]] = []
-        with anyio.fail_after(60):
-            while sum(row["record_count"] >= 118 for row in rows) < 2:
-                assert process.returncode is None
-                await asyncio.sleep(0.1)
-                with suppress(httpx.TransportError):
-                    rows = (await client.get(f"{url}/reports/feeds")).json()
-        assert {row["source"] for row in rows} == {"coinbase"}
-        assert all(time.time() - datetime.fromisoformat(row["newest_ts"]).timestamp() < 130 for row in rows)
-    console = (challenge / "console").read_bytes()
-    assert process.returncode == 0, console.decode()
-    assert b"prices=coinbase" in console
-    assert b"HTTP Request" not in console, "a line for each request"
+    began_s = time.time()
+    async with PriceServer() as server:
+        with program(challenge, CONDOR_LITE__FEED__BASE_URL=server.url) as run:
+            rows = await asyncio.to_thread(run.until, lambda: feeds(run, 118))
+            console = run.console.read_text()
+            assert await asyncio.to_thread(run.end) == 0, console
+    assert {(row["source"], row["subject"]) for row in rows} == {("coinbase", "BTC"), ("coinbase", "ETH")}
+    assert all(datetime.fromisoformat(row["newest_ts"]).timestamp() > began_s - 130 for row in rows)
+    assert "prices=coinbase" in console
+    assert "HTTP Request" not in console, "a line for each request"
 
 
 async def test_one_line_puts_a_new_challenge_on_live_prices(tmp_path: Path) -> None:
@@ -198,21 +159,12 @@ async def test_one_line_puts_a_new_challenge_on_live_prices(tmp_path: Path) -> N
     changed = [line for line in text.splitlines() if line.startswith('source = "synthetic"')]
     assert len(changed) == 1
     (tmp_path / "config.toml").write_text(text.replace(changed[0], 'source = "coinbase"'))
-    async with (
-        PriceServer() as server,
-        httpx.AsyncClient(trust_env=False) as client,
-        program(tmp_path, server) as (process, url),
-    ):
-        rows: list[dict[str, Any]] = []
-        models: list[dict[str, Any]] = []
-        with anyio.fail_after(60):
-            while sum(row["record_count"] >= 299 for row in rows) < 2 or not models:
-                assert process.returncode is None
-                await asyncio.sleep(0.1)
-                with suppress(httpx.TransportError):
-                    rows = (await client.get(f"{url}/reports/feeds")).json()
-                    models = (await client.get(f"{url}/reports/models")).json()
-    assert process.returncode == 0
+    async with PriceServer() as server:
+        environ = {"FEED__BASE_URL": server.url, "ORCHESTRATOR__PORT": "0"}
+        with program(tmp_path, **{f"CONDOR_LITE__{name}": value for name, value in environ.items()}) as run:
+            rows = await asyncio.to_thread(run.until, lambda: feeds(run, 299))
+            models = await asyncio.to_thread(run.until, lambda: run.get("/reports/models"))
+            assert await asyncio.to_thread(run.end) == 0, run.console.read_text()
     assert {(row["source"], row["subject"]) for row in rows} == {("coinbase", "BTC"), ("coinbase", "ETH")}
     assert [model["model_id"] for model in models] == ["example"]
 
@@ -233,11 +185,8 @@ async def test_rounds_over_an_hour_without_trades_are_void_and_say_so(
     ) as server:
         environ = {"CONDOR_LITE__FEED__BASE_URL": server.url, "CONDOR_LITE__SCORING__VOID_AFTER": void_after}
         config = configuration.load(challenge / "config.toml", environ)
-        async with playing(config, clock) as game:
-            await until(lambda: ready(game))
-            await clock.run_until(START_S + 100 * MINUTE_S)
-            await game.journal.flushed()
-            await game.score.finish()
+        async with joined(config, clock, 1) as game:
+            await settle(game, clock, START_S + 100 * MINUTE_S)
     rounds = {
         asset: {
             (at_s - START_S) // MINUTE_S: (status, reason)
@@ -258,15 +207,10 @@ async def test_an_asset_that_the_exchange_does_not_know_keeps_it_from_starting(c
     with (challenge / "config.toml").open("a") as file:
         file.write('\n[feed.symbols]\nETH = "ETH-USB"\n')
     async with PriceServer() as server:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "condor_lite"),
-            cwd=challenge,
-            env={**os.environ, "CONDOR_LITE__FEED__BASE_URL": server.url},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        _, complaint = await process.communicate()
-    assert process.returncode == 2
-    assert b'does not know "ETH-USB" for ETH' in complaint
-    assert b"ETH-USD" in complaint
-    assert b"Traceback" not in complaint
+        with program(challenge, CONDOR_LITE__FEED__BASE_URL=server.url) as run:
+            code = await asyncio.to_thread(run.ended)
+    complaint = run.console.read_text()
+    assert code == 2
+    assert 'does not know "ETH-USB" for ETH' in complaint
+    assert "ETH-USD" in complaint
+    assert "Traceback" not in complaint

@@ -19,10 +19,8 @@ from condor_lite.errors import QueryTimeout
 from condor_lite.game.entities import AnswerStatus, RoundStatus
 from condor_lite.report.answers import horizon_label
 from condor_lite.storage.database import open_read_only
-from condor_lite.supervisor import playing
+from tests.games import joined, settle
 from tests.served import serve
-from tests.stage import until
-from tests.test_whole_game import ready
 
 pytestmark = pytest.mark.anyio
 
@@ -84,11 +82,8 @@ async def test_the_numbers_of_a_game_are_those_in_its_database(tmp_path: Path) -
         (tmp_path / "models" / name / "main.py").write_text(MODEL.format(line, scale))
     config = configuration.load(tmp_path / "config.toml", {})
     clock = SteppedClock(START_S - 30)
-    async with playing(config, clock) as game, httpx.AsyncClient(base_url=game.web.url) as client:
-        await until(lambda: ready(game) == 3)
-        await clock.run_until(START_S + 3600)
-        await game.journal.flushed()
-        await game.score.finish()
+    async with joined(config, clock, 3) as game, httpx.AsyncClient(base_url=game.web.url) as client:
+        await settle(game, clock, START_S + 3600)
         text = (await client.get("/metrics")).raise_for_status().text
         with closing(open_read_only(config.storage.path)) as db:
             rounds = Counter(dict(db.execute("SELECT status, count(*) FROM round GROUP BY 1").fetchall()))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import signal
-import subprocess
-import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from condor_lite import control
-from tests.test_program import program
+from condor_lite import cli, control, stopping
+from tests.program import program
 
 GAME = """
 [[game.settings]]
 assets = ["BTC"]
-horizon = "10s"
+horizon = "5s"
 step = "5s"
 interval = "5s"
 
@@ -60,17 +59,12 @@ def challenge(tmp_path: Path) -> Path:
 
 
 def verb(folder: Path, *arguments: str) -> tuple[int, str]:
-    """The exit code and all that was said."""
-    done = subprocess.run(
-        [sys.executable, "-m", "condor_lite", "models", *arguments],
-        cwd=folder,
-        env=dict(os.environ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-    )
-    return done.returncode, done.stdout
+    """The exit code and all that was said: the command itself, without the time that a process takes."""
+    said = io.StringIO()
+    with chdir(folder), redirect_stdout(said), redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping, "restore", lambda: None)
+        code = cli.main(["models", *arguments])
+    return code, said.getvalue()
 
 
 def models(folder: Path) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from condor_lite.report.pages import picture
 from condor_lite.report.pages import round as round_page
 from tests.pages import blocks, links_lead_somewhere, page, text
 from tests.served import BTC_ROUND, CLOSED_ROUND, EVIL, OPEN_ROUND, START_S, VOID_ROUND, play, serve
+from tests.stage import until
 
 
 @pytest.mark.anyio
@@ -174,10 +175,11 @@ async def test_of_many_models_some_are_shown_and_the_others_found(
 async def test_where_too_many_fans_are_asked_for_the_page_comes_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = threading.Event()
+    begun, free = threading.Event(), threading.Event()
 
     def slow(*args: object) -> str:
-        free.wait(20)
+        begun.set()
+        free.wait(60)
         return "it came late"
 
     monkeypatch.setattr(contexts, "_TURN_WITHIN_S", 0.1)
@@ -185,7 +187,7 @@ async def test_where_too_many_fans_are_asked_for_the_page_comes_without(
     async with serve(tmp_path) as game, anyio.create_task_group() as tasks:
         await play(game)
         tasks.start_soon(partial(page, game, f"/rounds/{BTC_ROUND}", model="1"))
-        await anyio.sleep(0.1)
+        await until(begun.is_set)
         html = await page(game, f"/rounds/{BTC_ROUND}", model="bench")
         free.set()
         assert "no fan: too many are asked for just now" in text(html)

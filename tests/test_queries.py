@@ -84,11 +84,6 @@ def fill(conn: sqlite3.Connection) -> None:
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 async def db(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Database]:
     path: Path = tmp_path_factory.mktemp("db") / "condor.db"
     async with Database(path) as opened:

@@ -25,11 +25,6 @@ ROUNDS = 400
 MONTH = (START_S, START_S + 30 * DAY_S)
 
 
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def plans(readers: Any, ask: Any) -> list[str]:
     watched = Watched(readers)
     assert await ask(watched)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import sqlite3
 import subprocess
@@ -25,8 +24,8 @@ from condor_lite.rescore import Progress, RescoreError, Rescorer, read_since
 from condor_lite.score import configured_rules
 from condor_lite.storage import rescores
 from condor_lite.storage.database import open_read_only
+from tests.program import database, program, verb
 from tests.test_models_verb import GAME, MODEL
-from tests.test_program import database, program
 from tests.test_score import CONFIG, SPREADS, START_S, Game, overall, playing
 
 pytestmark = pytest.mark.anyio
@@ -508,20 +507,6 @@ def test_since_is_a_time_or_how_long_ago() -> None:
 def test_progress_names_share_rate_and_time_left() -> None:
     now = Progress("running", 2, "crps", 0, 200, 50, rate=1234.5, eta_s=75.2)
     assert progress.line(now) == "25.0%  50 of 200 rounds  1234 answers/s  1 min 15 s left"
-
-
-def verb(folder: Path, *arguments: str) -> tuple[int, str]:
-    """The exit code and all that was said."""
-    run = subprocess.run(
-        [sys.executable, "-m", "condor_lite", *arguments],
-        cwd=folder,
-        env=dict(os.environ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-    )
-    return run.returncode, run.stdout
 
 
 async def test_killed_it_leaves_whole_rounds_and_is_resumed(tmp_path: Path) -> None:

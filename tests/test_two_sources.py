@@ -22,8 +22,7 @@ from condor_lite.storage.database import open_read_only
 from condor_lite.sums import answer_lines
 from tests.exchange import Exchange, walk
 from tests.fleet import ModelServer
-from tests.stage import until
-from tests.test_export import as_wide_as, orchestrated, ready
+from tests.games import REMOTE, as_wide_as, joined, orchestrated, settle
 from tests.test_score import START_S, TICK_S, Game, playing, price
 
 pytestmark = pytest.mark.anyio
@@ -152,28 +151,9 @@ async def test_a_round_with_too_little_inside_one_source_is_void_with_that_reaso
         ]
 
 
-FEED = """
-[[game.settings]]
-assets = ["BTC", "ETH"]
-horizon = "30m"
-step = "5m"
-interval = "15m"
-
-[feed]
-source = ["coinbase", "kraken"]
-failover_after = "5m"
-history = "2h"
-
-[orchestrator]
-mode = "remote"
-port = {port}
-
-[report]
-port = 0
-
-[scoring]
-workers = 1
-"""
+TWO_SOURCES = REMOTE.replace(
+    'horizon = "10m"\nstep = "1m"\ninterval = "2m"', 'horizon = "30m"\nstep = "5m"\ninterval = "15m"'
+).replace("[feed]", '[feed]\nsource = ["coinbase", "kraken"]\nfailover_after = "5m"')
 
 
 async def test_the_rounds_of_a_game_whose_feed_fails_over_and_comes_back(
@@ -195,13 +175,10 @@ async def test_the_rounds_of_a_game_whose_feed_fails_over_and_comes_back(
     monkeypatch.setattr(supervisor, "make_sources", lambda config: sources)
     models = [ModelServer("sharp", as_wide_as(4e-5)), ModelServer("wide", as_wide_as(2e-4))]
     async with orchestrated(*models) as orchestrator:
-        (tmp_path / "config.toml").write_text(FEED.format(port=orchestrator.port))
+        (tmp_path / "config.toml").write_text(TWO_SOURCES.format(port=orchestrator.port))
         config = configuration.load(tmp_path / "config.toml", {})
-        async with supervisor.playing(config, clock) as game:
-            await until(lambda: ready(game) == len(models))
-            await clock.run_until(START_S + 4 * 3600)
-            await game.journal.flushed()
-            await game.score.finish()
+        async with joined(config, clock, len(models)) as game:
+            await settle(game, clock, START_S + 4 * 3600)
     with closing(open_read_only(config.storage.path)) as conn:
         rows = conn.execute(
             "SELECT asset, scheduled_at_s, status, reason, resolved, no_move FROM round"

@@ -26,11 +26,6 @@ Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 async def game(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Game]:
     async with serve(tmp_path_factory.mktemp("game")) as served:
         await play(served)

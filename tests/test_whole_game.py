@@ -20,9 +20,8 @@ from condor_lite.game import schedule
 from condor_lite.game.entities import Leaderboard
 from condor_lite.storage.compression import decompress
 from condor_lite.storage.database import open_read_only
-from condor_lite.supervisor import Game, playing
+from tests.games import joined, settle
 from tests.prices import recorded
-from tests.stage import until
 
 pytestmark = pytest.mark.anyio
 
@@ -55,17 +54,10 @@ async def play(
 ) -> Leaderboard:
     """Play rounds for so many hours, and one more in which the last are resolved; the final leaderboard."""
     clock = SteppedClock(start_s - 30)
-    async with playing(config, clock) as game:
-        await until(lambda: ready(game) == models)
-        await clock.run_until(start_s + (hours + 1) * HOUR_S + 180)
-        await game.journal.flushed()
-        await game.score.finish()
+    async with joined(config, clock, models) as game:
+        await settle(game, clock, start_s + (hours + 1) * HOUR_S + 180)
         assert game.live.leaderboard is not None
         return game.live.leaderboard
-
-
-def ready(game: Game) -> int:
-    return sum(known.lane is not None and known.lane.ready for known in game.predict.participants.values())
 
 
 def check_books(path: Path, config: configuration.Config, start_s: int, hours: int) -> None:

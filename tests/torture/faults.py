@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from tests.test_program import catches
+from tests.program import catches
 from tests.torture.worlds import SPEED, Live, Replayed, World
 
 _SAID_WITHIN_S = 30.0

@@ -15,7 +15,7 @@ import pytest
 from condor_lite.config import OrchestratorConfig
 from condor_lite.models import sandbox
 from condor_lite.storage.connection import connect_writer
-from tests.test_program import REPLAY, program, write_recording
+from tests.program import program, replaying
 from tests.torture.books import Books
 from tests.torture.faults import FAULTS, Fault
 from tests.torture.run import Torture
@@ -101,9 +101,8 @@ def test_the_books_ask_for_no_score_of_rounds_before_a_model_was_there(tmp_path:
     (problem := sandbox.problem(OrchestratorConfig().model_disk_bytes)) is not None, reason=str(problem)
 )
 def test_a_kill_leaves_no_process_of_a_sandbox(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text(REPLAY)
-    write_recording(tmp_path)
+    replaying(tmp_path)
     with program(tmp_path, CONDOR_LITE__ORCHESTRATOR__SANDBOX="true") as run:
-        run.until(lambda: "round_closed" in run.console.read_text())
+        run.until_said("round_closed")
         assert [process for process in run.family() if process.name() == "bwrap"]
         run.end(signal.SIGKILL)  # looks for what is left

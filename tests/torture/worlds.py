@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
-import numpy as np
 import psutil
 
 import condor_lite
 from tests import fleet
 from tests.fleet import ModelServer, Orchestrator
 from tests.price_server import Fault, PriceServer, Request, price
-from tests.test_program import Program, free_port
+from tests.prices import record, wild_walk
+from tests.program import Program, free_port
 from tests.torture.books import Asked, Books
 
 START_S = 1_700_002_800  # a full hour
@@ -267,7 +267,6 @@ class Replayed(World):
     def __init__(self, folder: Path, minutes: float, recorded: Path | None = None) -> None:
         super().__init__(folder)
         (folder / "config.toml").write_text(REPLAY.format(speed=SPEED, port=self.orchestrator_port))
-        (folder / "prices").mkdir()
         for asset, level, width in (("BTC", 30_000, 4e-4), ("USDC", 1, 1e-4)):
             self._write(asset, level, width, int(60 + minutes * SPEED), recorded)
         for name in MODELS:
@@ -277,16 +276,14 @@ class Replayed(World):
         (folder / "models" / "same" / "main.py").write_text(SAME_FOR_EVER)
 
     def _write(self, asset: str, level: float, width: float, minutes: int, recorded: Path | None) -> None:
-        times = START_S - 3600 + 60 * np.arange(minutes)
+        times = range(START_S - 3600, START_S - 3600 + 60 * minutes, 60)
         if recorded is None:
-            generator = np.random.default_rng(len(asset))
-            prices = level * np.exp(np.cumsum(generator.standard_t(3, minutes) * width))
+            prices = wild_walk(len(asset), minutes, level, width)
         else:  # as many minutes of what was recorded, under the times of this game
             with (recorded / f"{asset}.csv").open() as lines:
                 next(lines)
-                prices = np.array([float(line.split(",")[1]) for line, _ in zip(lines, times, strict=False)])
-        rows = "\n".join(f"{at_s},{value:.9g}" for at_s, value in zip(times, prices, strict=True))
-        (self.folder / "prices" / f"{asset}.csv").write_text(f"timestamp,close\n{rows}\n")
+                prices = [float(line.split(",")[1]) for line, _ in zip(lines, times, strict=False)]
+        record(self.folder / "prices", asset, zip(times, prices, strict=True))
 
 
 class _EachSecond(PriceServer):
