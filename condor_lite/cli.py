@@ -296,7 +296,10 @@ def _online(config: Config) -> list[str]:
         sources = make_sources(config)
     except ConfigError:
         return []  # `check` has told
-    looks, notes = asyncio.run(online.look(sources, config.game.assets, config.feed.tick_s, time.time))
+    feed = config.feed
+    looks, notes = asyncio.run(
+        online.look(sources, config.game.assets, feed.tick_s, feed.max_staleness_s, time.time)
+    )
     print("\n".join(online.lines(looks)))
     return [*online.problems(looks), *notes]
 

@@ -32,7 +32,7 @@ def price(symbol: str, at_s: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong: a status with a body, or one of `hang`, `reset`, `cut`."""
+    """What goes wrong: a status with a body, or one of `hang`, `trickle`, `reset`, `cut`."""
 
     status: int = 200
     body: bytes = b""
@@ -41,6 +41,7 @@ class Fault:
 
 
 HANG = Fault(kind="hang")
+TRICKLE = Fault(kind="trickle")
 RESET = Fault(kind="reset")
 CUT = Fault(kind="cut")
 HTML = Fault(body=b"<!DOCTYPE html><html><body>We are down for maintenance</body></html>")
@@ -68,6 +69,8 @@ class PriceServer:
     """Whether nothing was traded in a minute."""
     order: Callable[[list[Any]], list[Any]] = list
     """What to do with the rows: shuffle or double them."""
+    shift_s: int = 0
+    """What the candles' times are ahead of the right ones."""
     faults: list[Fault] = field(default_factory=list)
     """One for each of the next requests."""
     outage: Fault | None = None
@@ -125,6 +128,13 @@ class PriceServer:
         if fault is HANG:
             await self._over.wait()
             return False
+        if fault is TRICKLE:
+            writer.write(b"HTTP/1.1 200 Status\r\nContent-Length: 1000000\r\n\r\n")
+            while not self._over.is_set():
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.01)
+            return False
         if fault in (RESET, CUT):
             body = orjson.dumps(self.answer(request)[1])
         length = len(body) // 2 if fault is CUT else len(body)
@@ -173,7 +183,7 @@ class PriceServer:
         """The open times of the candles that there are, the open one included."""
         last_s = min(last_s, int(self.now()))
         return (
-            open_s
+            open_s + self.shift_s
             for open_s in range(math.ceil(first_s / CANDLE_S) * CANDLE_S, last_s + 1, CANDLE_S)
             if not self.silent(symbol, open_s)
         )

@@ -389,13 +389,14 @@ async def test_online_each_asset_that_fails_gets_its_line(tmp_path: Path, price_
         *([asset, "coinbase", "none"] for asset in ("ETH", "SOL", "DOGE")),
         ["XAU", "coinbase", said.splitlines()[5].split()[2]],
     ]
-    first, eth, sol, doge, clock = complaints.splitlines()
+    first, eth, sol, doge, clock, advice = complaints.splitlines()
     assert first == "condor-lite: problems:"
-    assert eth == "  ETH: no price in the last hour; is its market closed?"
+    assert eth == "  ETH: coinbase has no price in the last 4 h; is its market closed?"
     assert sol.startswith("  SOL: coinbase at ")
     assert sol.endswith('does not know "SOL-USB" for SOL; it has SOL-USD')
     assert "DOGE-USD: the answer is not what it should be" in doge
     assert clock == "  this machine's clock is 3600 s behind that of coinbase: set it by NTP"
+    assert "try again" in advice
 
 
 @pytest.mark.anyio

@@ -508,9 +508,9 @@ async def test_an_absurd_price_waits_for_another_that_confirms_it(db: Database) 
             assert feed.book.newest_s("BTC") == T + 180
             await clock.run_until(T + 305)
     assert (held(feed, "BTC")[T + 240], held(feed, "BTC")[T + 300]) == (20_004.0, 20_005.0)
-    assert told(logs, "price_quarantined", "price_dropped") == [
+    assert told(logs, "price_quarantined", "prices_dropped") == [
         "price_quarantined",
-        "price_dropped",
+        "prices_dropped",
         "price_quarantined",
     ]
 

@@ -71,7 +71,7 @@ def challenge(tmp_path: Path) -> Path:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SteppedClock:
     """The game's, the exchange's and this machine's."""
     stepped = SteppedClock(START_S - 30)
-    monkeypatch.setattr(web, "time", SimpleNamespace(time=stepped.now))
+    monkeypatch.setattr(web, "time", SimpleNamespace(time=stepped.now, monotonic=stepped.now))
     monkeypatch.setattr(CoinbaseSource, "rate_per_s", 1e6)
     return stepped
 

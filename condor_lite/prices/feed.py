@@ -93,7 +93,7 @@ class Feed:
         again = min(again, *(channel.source.page_points // 2 for channel in channels))
         self._again_s = again * self._tick_s
         self._saver = Saver(clock, db, self.book, settle_s)
-        self._intake = Intake(self.book, self._saver, self._again_s)
+        self._intake = Intake(clock, self.book, self._saver, self._again_s)
         self._past = Past(clock, db, self._intake, list(self._lines.values()), self._tick_s, self._history_s)
         self._callbacks: list[Callable[[frozenset[str]], None]] = []
         self._changed: set[str] = set()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from condor_lite.clock import Clock
 from condor_lite.prices.book import PriceBook
 from condor_lite.prices.grid import Point, Span, on_grid
 from condor_lite.prices.quarantine import sift
@@ -23,6 +24,7 @@ _FETCH_TIMEOUT_S = 30.0  # with the wait for a turn at a source that allows one 
 class Intake:
     """Fetches spans of an asset's prices. `again_s`: how far back an answer is compared with earlier ones."""
 
+    clock: Clock
     book: PriceBook
     saver: Saver
     again_s: int
@@ -88,7 +90,7 @@ class Intake:
         except TimeoutError:
             raise TimeoutError(f"no answer within {_FETCH_TIMEOUT_S:g} s") from None
         finally:
-            supply.channel.look_at_its_clock()
+            supply.channel.look_at_its_clock(self.clock.now())
         inside = {ts_s: price for ts_s, price in given if page.after_s < ts_s <= page.until_s}
         sound = sorted((ts_s, price) for ts_s, price in inside.items() if price > 0 and math.isfinite(price))
         rejected = inside.keys() - {ts_s for ts_s, _ in sound} - supply.rejected
@@ -116,8 +118,12 @@ class Intake:
         return sifted.sound
 
     def _tell_dropped(self, asset: str, supply: Supply, points: list[Point]) -> None:
-        for ts_s, price in points:
-            log.warning("price_dropped", asset=asset, source=supply.source.name, at_s=ts_s, price=price)
+        if points:
+            at_s, price = points[0]
+            source = supply.source.name
+            log.warning(
+                "prices_dropped", asset=asset, source=source, count=len(points), at_s=at_s, price=price
+            )
 
     def _compare(self, asset: str, supply: Supply, points: list[Point]) -> None:
         """Correct what is young enough; of the rest say what the source says now, once."""

@@ -43,8 +43,10 @@ class KrakenSource(WebSource):
         answer = decoded(body, _Answer)
         if answer.error:
             raise SourceError(f"{self} refuses the request: {', '.join(answer.error)}")
-        rows = [raw for pair, raw in answer.result.items() if pair != "last"]
-        return ((row.time, row.close) for raw in rows for row in decoded(bytes(raw), list[_Candle]))
+        pairs = answer.result.keys() - {"last"}
+        if len(pairs) != 1:
+            raise SourceError(f"{self}: the answer has {len(pairs)} pairs, where one was asked for")
+        return ((row.time, row.close) for row in decoded(bytes(answer.result[pairs.pop()]), list[_Candle]))
 
     def is_unknown(self, status: int, body: bytes) -> bool:
         return b"EQuery:Unknown asset pair" in body

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import anyio
 
+from condor_lite.config_values import shown_duration
 from condor_lite.prices.grid import Point
 from condor_lite.prices.source import Source, SourceError, UnknownAsset
 
-_REACH_S = 3600
+_REACH_S = 4 * 3600  # one page, whatever the source
 _TIMEOUT_S = 60.0
 _SKEW_TOLD_S = 2.0
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
@@ -34,11 +35,16 @@ class Look:
 
 
 async def look(
-    sources: Sequence[Source], assets: Sequence[str], tick_s: int, now: Callable[[], float]
+    sources: Sequence[Source],
+    assets: Sequence[str],
+    tick_s: int,
+    max_staleness_s: int,
+    now: Callable[[], float],
 ) -> tuple[list[Look], list[str]]:
     """Ask every source for the newest price of every asset, all at once, and close them.
 
-    Returns what they said, by asset, and what else the host should know.
+    One older than `max_staleness_s` is a problem too. Returns what they said, by asset, and what else the
+    host should know.
     """
     found: dict[tuple[str, int], Look] = {}
 
@@ -48,13 +54,23 @@ async def look(
             with anyio.fail_after(_TIMEOUT_S):
                 point = await _newest(source, asset, tick_s, now())
             if point is None:
-                problem = "no price in the last hour; is its market closed?"
+                problem = (
+                    f"{source.name} has no price in the last {_REACH_S // 3600} h; is its market closed?"
+                )
+            elif not source.simulated and now() - point[0] > max_staleness_s:
+                problem = (
+                    f"the newest price of {source.name} is {_age(now() - point[0])} old, more than "
+                    f"feed.max_staleness ({shown_duration(max_staleness_s)}): rounds are skipped; is its "
+                    "market closed?"
+                )
         except UnknownAsset as error:
             problem, unknown = refusal(error), True
         except TimeoutError:
-            problem = f"no answer within {_TIMEOUT_S:g} s"
+            problem = f"{source.name}: no answer within {_TIMEOUT_S:g} s"
         except Exception as error:  # an own feed may raise anything
-            problem = str(error) if isinstance(error, SourceError) else f"{type(error).__name__}: {error}"
+            problem = str(error)
+            if not isinstance(error, SourceError):
+                problem = f"{source.name}: {type(error).__name__}: {error}"
         found[asset, number] = Look(asset, source.name, source.simulated, now(), point, problem, unknown)
 
     async with AsyncExitStack() as stack:
@@ -70,6 +86,8 @@ async def look(
             for source in sources
             if (skew_s := source.skew_s) is not None and abs(skew_s) > _SKEW_TOLD_S
         ]
+        if any(each.problem and not each.unknown for each in found.values()):
+            notes.append("what fails now may work later: try again, or name a second source in feed.source")
     return [found[asset, number] for asset in assets for number in range(len(sources))], notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ import structlog
 from condor_lite.clock import Clock
 from condor_lite.prices.grid import Point, Span
 from condor_lite.prices.intake import Intake
-from condor_lite.prices.supply import Line, Supply
+from condor_lite.prices.supply import TELL_AGAIN_S, Line, Supply
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
 
@@ -84,7 +85,7 @@ class Past:
 
     async def _fill(self, line: Line) -> None:
         await line.begun.wait()
-        failures = 0
+        failures, told_at_s = 0, -math.inf
         while line.todo:
             now_s = self._clock.now()
             supply = line.reaching(line.todo[0].until_s, int(now_s))
@@ -98,7 +99,8 @@ class Past:
                     with self._clock.hold():
                         await self.page(line, supply)
             except Exception as error:
-                if not failures:
+                if now_s >= told_at_s + TELL_AGAIN_S:
+                    told_at_s = now_s
                     log.warning(
                         "history_failing", asset=line.asset, source=supply.source.name, error=str(error)
                     )

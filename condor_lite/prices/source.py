@@ -7,6 +7,9 @@ from typing import Protocol
 
 from condor_lite.prices.grid import Point
 
+LONGEST_PAUSE_S = 3600.0
+"""For which a source is left alone, whatever it asks for."""
+
 
 class SourceError(Exception):
     """A fetch failed: the message says what and why, for the host. It is tried again.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from condor_lite.config_sections import SIMULATED_SOURCES
 from condor_lite.errors import StartError
+from condor_lite.game.outcome import Series
 from condor_lite.prices.book import PriceBook
 from condor_lite.prices.grid import QUIET_S
 from condor_lite.prices.supply import Line
@@ -29,11 +31,27 @@ async def bring_back(
     book.add(line.asset, zip(ts_s.tolist(), price.tolist(), strict=True))
     if not len(ts_s):
         return False
+    series, names = await db.read(
+        repositories.load_series, line.asset, int(ts_s[-1]) - again_s, int(ts_s[-1])
+    )
+    assert series.source is not None
+    _check_kind(db, line, names[series.source[-1]])
     if line.supply.source.simulated:
         await _check_same(db, book, line, tick_s)
     else:
-        await _check_live(db, line, int(ts_s[-1]), again_s)
+        _remember(line, series, names, again_s)
     return True
+
+
+def _check_kind(db: Database, line: Line, stored: str) -> None:
+    """A game must not go on with simulated prices after live ones, nor the other way round."""
+    simulated, source = stored in SIMULATED_SOURCES, line.supply.source
+    if simulated != source.simulated and stored != source.name:
+        kind = "simulated" if simulated else "live"
+        raise StartError(
+            f"{db.path}: its {line.asset} prices are {kind} ({stored}); start a new game with another "
+            f"storage.path for those of {source}, or go back to the feed that this one was played with"
+        )
 
 
 async def _check_same(db: Database, book: PriceBook, line: Line, tick_s: int) -> None:
@@ -51,16 +69,9 @@ async def _check_same(db: Database, book: PriceBook, line: Line, tick_s: int) ->
         )
 
 
-async def _check_live(db: Database, line: Line, newest_s: int, again_s: int) -> None:
+def _remember(line: Line, series: Series, names: Sequence[str], again_s: int) -> None:
     """Tell each supply what it gave last: its next answer is compared with that."""
-    series, names = await db.read(repositories.load_series, line.asset, newest_s - again_s, newest_s)
     assert series.source is not None
-    newest = names[series.source[-1]]
-    if newest in SIMULATED_SOURCES:
-        raise StartError(
-            f"{db.path}: its {line.asset} prices are simulated ({newest}); start a new game with another "
-            f"storage.path for those of {line.supply.source}"
-        )
     for supply in line.supplies:
         own = [
             (ts_s, price)
@@ -70,4 +81,4 @@ async def _check_live(db: Database, line: Line, newest_s: int, again_s: int) -> 
             if names[number] == supply.source.name
         ]
         supply.last = own[-1] if own else None
-        supply.keep(own, newest_s - again_s)
+        supply.keep(own, int(series.ts_s[-1]) - again_s)

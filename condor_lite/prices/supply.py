@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from dataclasses import dataclass, field
 
 import structlog
 
 from condor_lite.prices.grid import Point, Span
-from condor_lite.prices.source import Source, SourceError
+from condor_lite.prices.source import LONGEST_PAUSE_S, Source, SourceError
 
 log = structlog.get_logger()
 
+TELL_AGAIN_S = 600.0
+"""What comes and goes is told so often at most."""
+
 _RETRY_FIRST_S = 1.0
 _RETRY_MOST_S = 60.0
-_WAIT_MOST_S = 3600.0  # whatever a source asks for
 _SKEW_TOLD_S = 2.0
 _SKEW_WAITED_S = 30.0  # a clock that is further ahead is wrong in ways that no waiting cures
 
@@ -28,6 +31,8 @@ class Channel:
     not_before_s: float = 0.0
     """It asked to be left alone until then, game time."""
     skew_told_s: float = 0.0
+    told_at_s: float = -math.inf
+    """When a difference of the clocks was told, game time."""
 
     @property
     def lag_s(self) -> float:
@@ -39,23 +44,25 @@ class Channel:
         """When to try again after so many failures in a row before this one, game time."""
         pause_s = min(_RETRY_FIRST_S * 2.0 ** min(failures, 30), _RETRY_MOST_S) * random.uniform(0.75, 1.25)
         if isinstance(error, SourceError) and error.retry_after_s is not None:
-            pause_s = max(pause_s, min(error.retry_after_s, _WAIT_MOST_S))
+            pause_s = max(pause_s, min(error.retry_after_s, LONGEST_PAUSE_S))
             self.not_before_s = max(self.not_before_s, now_s + pause_s)
         return now_s + pause_s
 
-    def look_at_its_clock(self) -> None:
+    def look_at_its_clock(self, now_s: float) -> None:
         """Say so once when the source's clock and this machine's part, or meet again."""
         skew_s = self.source.skew_s
         if skew_s is None or abs(skew_s - self.skew_told_s) <= _SKEW_TOLD_S:
             return
         if abs(skew_s) > _SKEW_TOLD_S:
+            if now_s < self.told_at_s + TELL_AGAIN_S:
+                return
             log.warning(
                 "clock_differs",
                 source=self.source.name,
                 this_machine_is_behind_s=round(skew_s, 1),
                 what_to_do="set this machine's clock by NTP",
             )
-            self.skew_told_s = skew_s
+            self.skew_told_s, self.told_at_s = skew_s, now_s
         elif self.skew_told_s:
             log.info("clock_agrees_again", source=self.source.name)
             self.skew_told_s = 0.0
@@ -77,6 +84,10 @@ class Supply:
     failures: int = 0
     error: str | None = None
     """Why the last attempt failed, None when it did not."""
+    told: bool = False
+    """Whether these failures were told."""
+    told_at_s: float = -math.inf
+    """When failures were told, game time."""
 
     @property
     def source(self) -> Source:
@@ -93,7 +104,8 @@ class Supply:
     def failed(self, asset: str, error: Exception, now_s: float) -> float:
         """Note a failure, and say the first in a row; the game time of the next attempt."""
         self.error = str(error) or type(error).__name__
-        if not self.failures:
+        if not self.told and now_s >= self.told_at_s + TELL_AGAIN_S:
+            self.told, self.told_at_s = True, now_s
             log.warning("feed_failing", asset=asset, source=self.source.name, error=self.error)
         at_s = self.channel.retry_s(error, self.failures, now_s)
         self.failures += 1
@@ -101,9 +113,9 @@ class Supply:
 
     def recovered(self, asset: str) -> None:
         """Note a success."""
-        if self.failures:
+        if self.told:
             log.info("feed_recovered", asset=asset, source=self.source.name)
-        self.failures, self.error = 0, None
+        self.failures, self.error, self.told = 0, None, False
 
 
 @dataclass(slots=True, eq=False)

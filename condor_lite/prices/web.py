@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -21,25 +22,28 @@ from condor_lite.config import FeedConfig
 from condor_lite.config_values import shown_duration
 from condor_lite.errors import ConfigError
 from condor_lite.prices.grid import Point
-from condor_lite.prices.source import SourceError, UnknownAsset
+from condor_lite.prices.source import LONGEST_PAUSE_S, SourceError, UnknownAsset
 
 T = TypeVar("T")
 Candles = Iterable[tuple[int, float | None]]
 """`(open_s, close)`; None where nothing was traded."""
 
-Request = tuple[str, Mapping[str, str | int]]
+Query = Mapping[str, str | int]
+Request = tuple[str, Query]
 """Path and query."""
 
 CANDLE_S = 60
 
 _TIMEOUT_S = 10.0
-_MOST_BYTES = 4 * 2**20
+_MOST_BYTES = 2**20  # reading a hostile MiB holds the loop for 50 ms
+_MOST_LIST_BYTES = 4 * 2**20  # Kraken's is half of that
 _LONGEST_QUEUE_S = 45.0  # with the time-out less than the feed waits
 _KEEP_ALIVE_S = 90.0  # so that the next minute finds the connection open
-_LONGEST_PAUSE_S = 86400.0
-_BAN_S = 120.0
+_PAUSES_S = {429: 5.0, 418: 120.0}  # where it does not say how long
 _OFFERS = 5
 _QUOTED_CHARS = 120
+_CERTIFICATE = "is a proxy in between? SSL_CERT_FILE names the authorities to trust"
+_GZIP = 31  # zlib's name for it
 _SKEW_WEIGHT = 0.2
 _SKEW_JUMP_S = 2.0  # more is somebody setting a clock, no noise
 _DIRECT: Mapping[str, None] = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
@@ -93,7 +97,11 @@ class WebSource:
             timeout=_TIMEOUT_S,
             limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
             mounts=_DIRECT,
-            headers={"User-Agent": f"condor-lite/{__version__}", **self.headers(feed)},
+            headers={
+                "User-Agent": f"condor-lite/{__version__}",
+                "Accept-Encoding": "gzip",
+                **self.headers(feed),
+            },
         )
         self._free_at_s = 0.0
         self._silent_until_s = 0.0
@@ -150,10 +158,16 @@ class WebSource:
             reply = await self._get(path, query)
             if self.is_unknown(reply.status, reply.body):
                 await self._raise_unknown(asset, symbol)
+            now_s = time.time() if reply.now_s is None else reply.now_s
             known_s = until_s if reply.now_s is None else min(until_s, reply.now_s)
+            candles = self._read(symbol, reply)
+            if candles and all(open_s > now_s for open_s, _ in candles):
+                raise SourceError(
+                    f"{self}: {symbol}: all {len(candles)} candles lie in the future; are its times right?"
+                )
             points += [
                 (open_s + CANDLE_S, close)
-                for open_s, close in self._read(symbol, reply)
+                for open_s, close in candles
                 if close is not None and first_s <= open_s <= last_s and open_s + CANDLE_S <= known_s
             ]
         return points
@@ -166,7 +180,7 @@ class WebSource:
         """Close the connections."""
         await self._client.aclose()
 
-    def _read(self, symbol: str, reply: _Reply) -> Candles:
+    def _read(self, symbol: str, reply: _Reply) -> Sequence[tuple[int, float | None]]:
         self._check(reply)
         try:
             return list(self.candles(reply.body))
@@ -179,7 +193,7 @@ class WebSource:
         offers: list[str] = []
         if self.offers_path is not None:
             try:
-                reply = await self._get(self.offers_path, {})
+                reply = await self._get(self.offers_path, {}, _MOST_LIST_BYTES)
                 self._check(reply)
                 offers = near(asset, symbol, self.offered(reply.body))
             except (SourceError, msgspec.DecodeError):
@@ -191,42 +205,60 @@ class WebSource:
 
     # -- HTTP ------------------------------------------------------------------------------------------------
 
-    async def _get(self, path: str, query: Mapping[str, str | int]) -> _Reply:
+    async def _get(self, path: str, query: Query, most_bytes: int = _MOST_BYTES) -> _Reply:
         """One answer, whatever its status. Raises SourceError where there is none."""
         await self._take_turn()
         try:
             with anyio.fail_after(_TIMEOUT_S):
                 async with self._client.stream("GET", self._base + path, params=query) as reply:
                     now_s = self._note_time(reply.headers)
-                    body = bytearray()
-                    async for part in reply.aiter_bytes():
-                        body += part
-                        if len(body) > _MOST_BYTES:
-                            raise SourceError(f"{self}: an answer of more than {_MOST_BYTES // 2**20} MiB")
+                    body = await self._body(reply, most_bytes)
         except (httpx.TimeoutException, TimeoutError):
             raise SourceError(f"{self}: no answer within {_TIMEOUT_S:g} s") from None
         except httpx.ConnectError as error:
-            raise SourceError(f"{self}: can't connect to {self._base} ({error})") from error
+            hint = "is this machine online?" if self._base == self.base else "is feed.base_url right?"
+            if "CERTIFICATE" in str(error):
+                hint = _CERTIFICATE
+            raise SourceError(f"{self.name}: can't connect to {self._base} ({error}); {hint}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
             raise SourceError(f"{self}: the connection broke off ({reason})") from error
         retry_after_s = _retry_after_s(reply.headers.get("Retry-After"), now_s)
-        if reply.status_code == httpx.codes.IM_A_TEAPOT:
-            retry_after_s = retry_after_s or _BAN_S
+        retry_after_s = retry_after_s or _PAUSES_S.get(reply.status_code)
         if reply.status_code != httpx.codes.OK and retry_after_s is not None:
-            self._silent_until_s = asyncio.get_running_loop().time() + retry_after_s
-        return _Reply(reply.status_code, bytes(body), now_s, retry_after_s)
+            self._silent_until_s = time.monotonic() + retry_after_s
+        return _Reply(reply.status_code, body, now_s, retry_after_s)
+
+    async def _body(self, reply: httpx.Response, most_bytes: int) -> bytes:
+        """What an answer says, unpacked piece by piece: a few bytes may stand for gigabytes."""
+        packing = reply.headers.get("Content-Encoding", "identity").lower()
+        if packing not in ("identity", "gzip"):
+            raise SourceError(f'{self}: answered in "{packing}", which was not asked for')
+        unpacker = zlib.decompressobj(_GZIP) if packing == "gzip" else None
+        body = bytearray()
+        try:
+            async for part in reply.aiter_raw():
+                body += unpacker.decompress(part, most_bytes + 1 - len(body)) if unpacker else part
+                if len(body) > most_bytes:
+                    raise SourceError(f"{self}: an answer of more than {most_bytes // 2**20} MiB")
+        except zlib.error as error:
+            raise SourceError(f"{self}: the answer can't be unpacked ({error})") from error
+        return bytes(body)
 
     async def _take_turn(self) -> None:
-        now_s = asyncio.get_running_loop().time()
-        if (left_s := self._silent_until_s - now_s) > 0:
-            raise SourceError(f"{self} asked to be left alone for {left_s:.0f} s more", retry_after_s=left_s)
+        self._respect_silence()
+        now_s = time.monotonic()
         at_s = max(self._free_at_s, now_s)
         if at_s - now_s > _LONGEST_QUEUE_S:
             allowed = f"allows {self.rate_per_s:g} requests a second"
             raise SourceError(f"{self} {allowed}, and too many wait; has it too many assets?")
         self._free_at_s = at_s + 1 / self.rate_per_s
         await asyncio.sleep(at_s - now_s)
+        self._respect_silence()  # asked for by an answer that came meanwhile
+
+    def _respect_silence(self) -> None:
+        if (left_s := self._silent_until_s - time.monotonic()) > 0:
+            raise SourceError(f"{self} asked to be left alone for {left_s:.0f} s more", retry_after_s=left_s)
 
     def _check(self, reply: _Reply) -> None:
         """Raise SourceError where the answer is no candles."""
@@ -298,7 +330,7 @@ def _retry_after_s(value: str | None, now_s: float | None) -> float | None:
         wait_s = moment.timestamp() - (time.time() if now_s is None else now_s)
     else:
         return None
-    return min(max(wait_s, 0.0), _LONGEST_PAUSE_S)
+    return min(max(wait_s, 0.0), LONGEST_PAUSE_S)
 
 
 def _http_date(value: str | None) -> datetime | None:
