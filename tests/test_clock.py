@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 
 from condor_lite import clock as module
 from condor_lite.clock import GameClock, LiveClock, SteppedClock
+from tests.machine import Machine
 from tests.stage import until
 
 pytestmark = pytest.mark.anyio
 
 YEAR_S = 365 * 86400
-
-
-class Machine:
-    """A clock that anybody may set, and a steady one."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_s: float) -> None:
-        self.at_s, self.steady_s = at_s, 50.0
-        seen = SimpleNamespace(time=lambda: self.at_s, monotonic=lambda: self.steady_s)
-        monkeypatch.setattr(module, "time", seen)
-
-    def passes(self, for_s: float) -> None:
-        self.at_s += for_s
-        self.steady_s += for_s
 
 
 @pytest.fixture
