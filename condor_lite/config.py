@@ -209,13 +209,12 @@ def _check_credentials(document: Document, folder: Path | None, gateway_key: Pat
 
 
 def _check_storage(document: Document, config: Config) -> None:
-    feed, scoring, storage = config.feed, config.scoring, config.storage
+    feed, storage = config.feed, config.storage
     if is_folder(storage.path):
         document.complain("storage.path", "is a folder: must be a file, such as data/condor.db")
     if not document.is_sound("storage.keep_prices", "feed.history", "scoring.void_after"):
         return
-    longest_s = max((setting.horizon_s for setting in config.game.settings), default=0)
-    round_s = storage.keep_payloads_s + longest_s + scoring.void_after_s
+    round_s = prices_needed_s(config)
     if storage.keep_prices_s < feed.history_s:
         right = f'must be at least feed.history, "{shown_duration(feed.history_s)}"'
         document.complain("storage.keep_prices", right)
@@ -225,6 +224,12 @@ def _check_storage(document: Document, config: Config) -> None:
             f'"{shown_duration(round_s)}": without its prices an answer can\'t be scored again'
         )
         document.complain("storage.keep_prices", right)
+
+
+def prices_needed_s(config: Config) -> int:
+    """How long prices must be kept so that every stored answer can be scored again."""
+    longest_s = max((setting.horizon_s for setting in config.game.settings), default=0)
+    return config.storage.keep_payloads_s + longest_s + config.scoring.void_after_s
 
 
 def _is_loopback(name: str) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import structlog
 
-from condor_lite.config import SECTIONS, Config, LogConfig, keys
+from condor_lite.config import SECTIONS, Config, LogConfig, keys, prices_needed_s
 from condor_lite.errors import ConfigError
 
 log = structlog.get_logger()
@@ -20,11 +21,14 @@ CHANGEABLE = (
     "scoring.snapshot_interval",
     "storage.keep_payloads",
     "storage.keep_predictions",
+    "storage.keep_prices",
     "storage.keep_snapshots",
     "log.level",
     "log.format",
 )
 """The keys that every part reads where it uses them; all others are taken at the start."""
+
+_TOGETHER = ("storage.keep_payloads", "storage.keep_prices")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,10 @@ class Reloader:
         while True:
             await self._asked.wait()
             self._asked.clear()
-            await self.reread()
+            try:
+                await self.reread()
+            except Exception as error:  # whatever it was, the next time is to be heard
+                log.exception("config_not_reread", problems=[f"{type(error).__name__}: {error}"])
 
     async def reread(self) -> Changes | None:
         """Apply what can change, and tell; None, and nothing is changed, where the config can't be used."""
@@ -71,22 +78,33 @@ class Reloader:
 
 
 def apply(config: Config, new: Config) -> Changes:
-    """Give `config` the values of `new` that may change while the game runs."""
+    """Give `config` the values of `new` that may change while the game runs.
+
+    What is kept of payloads and prices changes only as far as answers can still be scored with what else
+    holds until the restart.
+    """
     names = {(key.section, key.field): key.name for key in keys()}
-    applied: list[str] = []
-    need_restart: list[str] = []
+    changed = {
+        names.get((section, field.name), f"{section}.{field.name}"): (section, field.name)
+        for section in SECTIONS
+        for field in fields(getattr(config, section))
+        if getattr(getattr(new, section), field.name) != getattr(getattr(config, section), field.name)
+    }
+    applied = [name for name in changed if name in CHANGEABLE]
+    merged = _merged(config, new, [changed[name] for name in applied])
+    if merged.storage.keep_prices_s < max(merged.feed.history_s, prices_needed_s(merged)):
+        applied = [name for name in applied if name not in _TOGETHER]
+        merged = _merged(config, new, [changed[name] for name in applied])
     for section in SECTIONS:
-        old_values, new_values = getattr(config, section), getattr(new, section)
-        changed = {}
-        for field in fields(old_values):
-            value = getattr(new_values, field.name)
-            if value == getattr(old_values, field.name):
-                continue
-            key = names.get((section, field.name), f"{section}.{field.name}")
-            if key in CHANGEABLE:
-                changed[field.name] = value
-                applied.append(key)
-            else:
-                need_restart.append(key)
-        setattr(config, section, replace(old_values, **changed))
-    return Changes(tuple(applied), tuple(need_restart))
+        setattr(config, section, getattr(merged, section))
+    return Changes(tuple(applied), tuple(name for name in changed if name not in applied))
+
+
+def _merged(config: Config, new: Config, places: Iterable[tuple[str, str]]) -> Config:
+    """`config` with the values of `new` in these fields of these sections."""
+    values: dict[str, dict[str, Any]] = {}
+    for section, field in places:
+        values.setdefault(section, {})[field] = getattr(getattr(new, section), field)
+    return replace(
+        config, **{section: replace(getattr(config, section), **these) for section, these in values.items()}
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pty
 import signal
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
+import structlog
 
+from condor_lite import config as configuration
 from condor_lite import reload
+from condor_lite.config import Config
 from condor_lite.config import keys as all_keys
 from tests.program import DEMO, Program, program
-from tests.stage import load
+from tests.stage import load, until
 
 
 def events(run: Program, name: str) -> list[dict[str, Any]]:
@@ -83,6 +88,70 @@ def test_every_key_that_can_change_is_a_key_and_documented() -> None:
     about = readme.split("SIGHUP")[1].split("\n\n")[0]
     assert [key for key in reload.CHANGEABLE if f"`{key}`" not in about] == []
     assert about.count("`") == 2 * len(reload.CHANGEABLE)
+
+
+KEPT = '[[game.settings]]\nassets = ["BTC"]\nhorizon = "1h"\nstep = "1m"\ninterval = "5m"\n'
+
+
+def test_prices_are_kept_as_long_as_the_answers_that_need_them(tmp_path: Path) -> None:
+    history = '[feed]\nhistory = "1d"\n'
+    keep = '[storage]\nkeep_payloads = "{}"\nkeep_prices = "{}"\n'
+    running = load(tmp_path, KEPT + history)
+    shorter = load(tmp_path, KEPT + history + keep.format("2d", "3d"))
+    assert reload.apply(running, shorter) == reload.Changes(
+        ("storage.keep_payloads", "storage.keep_prices"), ()
+    )
+    assert (running.storage.keep_payloads_s, running.storage.keep_prices_s) == (2 * 86400, 3 * 86400)
+
+    # Right after a restart, which changes what they must be long enough for, too.
+    text = KEPT + history + '[scoring]\nvoid_after = "5m"\n' + keep.format("3d", "263100s")
+    other = load(tmp_path, text)
+    assert reload.apply(running, other) == reload.Changes(
+        (), ("scoring.void_after", "storage.keep_payloads", "storage.keep_prices")
+    )
+    assert (running.storage.keep_payloads_s, running.storage.keep_prices_s) == (2 * 86400, 3 * 86400)
+
+
+@pytest.mark.anyio
+async def test_no_file_whatever_ends_the_rereading(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    running = load(tmp_path, KEPT)
+    raised: list[Exception] = []
+
+    def read() -> Config:
+        if raised:
+            raise raised.pop()
+        return configuration.load(path, {})
+
+    reloader = reload.Reloader(running, read, lambda config: None)
+    with structlog.testing.capture_logs() as logs:
+        task = asyncio.create_task(reloader.run())
+
+        async def said() -> dict[str, Any]:
+            before = len(logs)
+            reloader.ask()
+            await until(lambda: len(logs) > before or task.done())
+            assert not task.done()
+            return dict(logs[-1])
+
+        path.write_bytes(b"\xff\x00garbage")
+        assert "not UTF-8" in (await said())["problems"][0]
+        path.write_text("\x00" * 1000)
+        assert "not valid TOML" in (await said())["problems"][0]
+        path.unlink()
+        assert "no such file" in (await said())["problems"][0]
+        path.mkdir()
+        assert "is a folder" in (await said())["problems"][0]
+        path.rmdir()
+        path.symlink_to(path)
+        assert "can't be read: Too many levels" in (await said())["problems"][0]
+        for error in (RuntimeError("can't start new thread"), MemoryError(), RecursionError("deep")):
+            raised.append(error)
+            assert (await said())["problems"] == [f"{type(error).__name__}: {error}"]
+        path.unlink()
+        path.write_text(KEPT + '[log]\nlevel = "error"\n')
+        assert (await said())["applied"] == ["log.level"]
+        task.cancel()
 
 
 def test_what_needs_a_restart_is_left_alone(tmp_path: Path) -> None:

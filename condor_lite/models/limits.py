@@ -48,14 +48,19 @@ class Limits:
 
     def renew_cpu(self) -> None:
         """From now on the process may use `cpu_s` of a processor; then SIGXCPU ends it."""
-        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + self.cpu_s, hard))
+        allowed, hard = _allowed(resource.RLIMIT_CPU, math.ceil(time.process_time()) + self.cpu_s)
+        resource.setrlimit(resource.RLIMIT_CPU, (allowed, hard))
 
 
 def _limit(what: int, most: int) -> None:
-    _, hard = resource.getrlimit(what)
-    allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    allowed, _ = _allowed(what, most)
     resource.setrlimit(what, (allowed, allowed))
+
+
+def _allowed(what: int, most: int) -> tuple[int, int]:
+    """`most`, or the hard limit where that is lower; and the hard limit."""
+    _, hard = resource.getrlimit(what)
+    return (most if hard == resource.RLIM_INFINITY else min(most, hard)), hard
 
 
 def _threads_of_user() -> int:

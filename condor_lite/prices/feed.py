@@ -70,6 +70,7 @@ class Feed:
         *fallbacks: Source,
         book: PriceBook | None = None,
     ) -> None:
+        self._config = config
         self._clock = clock
         self._db = db
         self._source = source
@@ -81,7 +82,6 @@ class Feed:
         settle_s = config.scoring.settle_delay_s
         self._timing = Timing(clock, self._tick_s, settle_s)
         self._fine_s = max(_FINE_S, *(setting.horizon_s for setting in config.game.settings))
-        self._keep_s = max(config.storage.keep_prices_s, self._history_s)
         self.book = book or PriceBook(self._history_s, self._tick_s)
         self.history_ready = asyncio.Event()
         """Set once models can be given their history: all of it is there, or has been waited for."""
@@ -243,7 +243,7 @@ class Feed:
             tick_s=self._tick_s,
             history_s=self._history_s,
             fine_s=self._fine_s,
-            keep_s=self._keep_s,
+            keep_s=max(self._config.storage.keep_prices_s, self._history_s),
         )
 
     async def _complete_history(self) -> None:
