@@ -22,7 +22,7 @@ import orjson
 
 from condor_lite.config import Config
 from condor_lite.game.entities import RoundStatus
-from condor_lite.models.orchestrator import LocalState, Orchestrator
+from condor_lite.models.orchestrator import LocalModelState, LocalState, Orchestrator
 from condor_lite.news import ModelGivenUp, ModelJoined, RoundClosed, RoundsNotHeld
 from condor_lite.prices.feed import Feed, FeedState
 from condor_lite.report.live import Live
@@ -33,6 +33,7 @@ _OFTEN = 3  # restarts ...
 _OFTEN_WITHIN_S = 600.0  # ... in so long are more than bad luck
 _SHOWN = 5
 _MOST_GIVEN_UP = 10_000
+_GONE_AFTER_S = 7 * 86400.0  # a model that was given up and never seen again
 
 
 class Event(StrEnum):
@@ -106,7 +107,7 @@ class Alarms:
         self._stale_since_s: dict[str, float] = {}
         self._held_s = time.monotonic()
         self._not_held = "none was due"
-        self._given_up: dict[str, str] = {}
+        self._given_up: dict[str, tuple[float, str]] = {}
         news = live.news
         news.listen(RoundClosed, self._on_closed)
         news.listen(RoundsNotHeld, self._on_not_held)
@@ -131,11 +132,11 @@ class Alarms:
             **dict(self._rounds(now_s)),
             **dict(self._disks(free_bytes)),
             **dict(self._backup()),
-            **dict(self._models()),
+            **dict(self._models(now_s)),
         }
         begun, ended = self._book.look(now_s, troubles.keys())
         self._tell(State.BEGUN, begun, troubles)
-        self._tell(State.ENDED, ended, {(event, name): _over(event, name) for event, name in ended})
+        self._tell(State.ENDED, ended, {trouble: self._over(*trouble) for trouble in ended})
 
     # -- what there may be -----------------------------------------------------------------------------------
 
@@ -180,12 +181,22 @@ class Alarms:
         if backup is not None and backup.failure is not None:
             yield (Event.BACKUP_FAILED, ""), f"the last backup failed: {backup.failure}"
 
-    def _models(self) -> Iterator[tuple[Trouble, str]]:
-        for model_id, what in self._given_up.items():
-            yield (Event.MODEL_GIVEN_UP, model_id), what
-        for local in self._orchestrator.states() if self._orchestrator is not None else ():
+    def _models(self, now_s: float) -> Iterator[tuple[Trouble, str]]:
+        there = self._local_models()
+        for model_id, (since_s, what) in list(self._given_up.items()):
+            if now_s - since_s > _GONE_AFTER_S or (there is not None and model_id not in there):
+                del self._given_up[model_id]
+            else:
+                yield (Event.MODEL_GIVEN_UP, model_id), what
+        for local in (there or {}).values():
             if local.state is LocalState.GIVEN_UP:
                 yield (Event.MODEL_GIVEN_UP, local.model_id), f"{local.name} does not run: {local.reason}"
+
+    def _local_models(self) -> dict[str, LocalModelState] | None:
+        """By id, those that have a folder; None where the models run elsewhere."""
+        if self._orchestrator is None:
+            return None
+        return {local.model_id: local for local in self._orchestrator.states()}
 
     def _on_closed(self, closed: RoundClosed) -> None:
         if closed.round.status is RoundStatus.CLOSED:
@@ -198,7 +209,8 @@ class Alarms:
 
     def _on_given_up(self, given_up: ModelGivenUp) -> None:
         name = given_up.info.model_name
-        self._given_up[given_up.info.model_id] = f"{name} is not asked any more: {given_up.reason}"
+        what = f"{name} is not asked any more: {given_up.reason}"
+        self._given_up[given_up.info.model_id] = (time.monotonic(), what)
         if len(self._given_up) > _MOST_GIVEN_UP:
             del self._given_up[next(iter(self._given_up))]
 
@@ -206,6 +218,23 @@ class Alarms:
         self._given_up.pop(joined.info.model_id, None)
 
     # -- telling ---------------------------------------------------------------------------------------------
+
+    def _over(self, event: Event, name: str) -> str:
+        if event in (Event.FEED_STALE, Event.NO_ROUND_HELD) and self._feed.finished:
+            return f"{name}: the recording is over" if name else "the recording is over"
+        if event is Event.MODEL_GIVEN_UP and name not in {
+            *self._live.connected(),
+            *(self._local_models() or ()),
+        }:
+            return f"{name} is gone"
+        return {
+            Event.SERVICE_RESTARTS: f"{name} runs without a failure again",
+            Event.FEED_STALE: f"{name} has fresh prices again",
+            Event.NO_ROUND_HELD: "rounds are held again",
+            Event.DISK_NEARLY_FULL: f"{name} has room again",
+            Event.BACKUP_FAILED: "a backup was made again",
+            Event.MODEL_GIVEN_UP: f"{name} takes part again",
+        }[event]
 
     def _tell(self, state: State, troubles: Iterable[Trouble], whats: Mapping[Trouble, str]) -> None:
         by_event: defaultdict[Event, list[Trouble]] = defaultdict(list)
@@ -232,17 +261,6 @@ def stale_price(state: FeedState) -> str:
     else:
         what = f"{state.asset}: the newest price is {span(state.age_s)} old"
     return what + (f" ({state.error})" if state.error else "")
-
-
-def _over(event: Event, name: str) -> str:
-    return {
-        Event.SERVICE_RESTARTS: f"{name} runs without a failure again",
-        Event.FEED_STALE: f"{name} has fresh prices again",
-        Event.NO_ROUND_HELD: "rounds are held again",
-        Event.DISK_NEARLY_FULL: f"{name} has room again",
-        Event.BACKUP_FAILED: "a backup was made again",
-        Event.MODEL_GIVEN_UP: f"{name} takes part again",
-    }[event]
 
 
 def _free_bytes(folders: Iterable[Path]) -> dict[Path, int]:

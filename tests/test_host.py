@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -305,3 +306,16 @@ async def test_the_folder_may_be_anywhere_and_hold_a_module_named_like_a_package
     async with settings_in(tmp_path) as settings:
         process = await launch(read_model(folder), "x_1", settings)
         await process.stop()
+
+
+def test_a_finite_hard_limit_of_the_processor_is_respected():
+    code = (
+        "import resource; from condor_lite.models.limits import Limits;"
+        "resource.setrlimit(resource.RLIMIT_CPU, (50, 100));"
+        "limits = Limits(1 << 30, 1 << 20, 8, 600, False, None);"
+        "limits.renew_cpu(); print(resource.getrlimit(resource.RLIMIT_CPU))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert said.stdout == "(100, 100)\n"

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -273,6 +274,50 @@ every = "1h"
 port = 0
 """
 
+LOCAL = """
+[game]
+name = "Told"
+shutdown_grace = 0
+
+[[game.settings]]
+assets = ["BTC"]
+horizon = "20s"
+step = "5s"
+interval = "5s"
+
+[feed]
+tick = "5s"
+history = "1m"
+
+[predict]
+max_consecutive_failures = 1
+
+[orchestrator]
+port = 0
+
+[scoring]
+workers = 1
+
+[webhook]
+url = "{url}"
+secret = "{secret}"
+after = 0
+
+[report]
+port = 0
+"""
+
+MODEL = """
+from condor_lite.tracker import TrackerBase
+
+
+class Model(TrackerBase):
+    def predict(self, asset, horizon, step):
+        {}
+        density = {{"type": "builtin", "name": "norm", "params": {{"loc": 0.0, "scale": 0.001}}}}
+        return self.flat(density, horizon, step)
+"""
+
 PRICES = """
 from pathlib import Path
 from condor_lite.prices.source import Source, SourceError
@@ -373,6 +418,64 @@ async def test_each_trouble_of_a_real_game_is_told_when_it_begins_and_when_it_is
     assert whats["disk_nearly_full", "begun"]["subjects"] == [str(tmp_path / "data")]
     assert whats["backup_failed", "begun"]["subjects"] == []
     assert "can't be written" in whats["backup_failed", "begun"]["what"]
+
+
+async def test_a_model_that_is_deleted_is_no_trouble_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alarms, "_LOOK_S", 0.05)
+    for name, code in (
+        ("broken", "1 +"),
+        ("raises", MODEL.format("raise RuntimeError")),
+        ("good", MODEL.format("pass")),
+    ):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "main.py").write_text(code)
+    async with receiving() as receiver:
+        text = LOCAL.format(url=receiver.url, secret=SECRET)
+        (tmp_path / "config.toml").write_text(text)
+        async with playing(configuration.load(tmp_path / "config.toml", {})):
+
+            def about(state: str) -> dict[str, str]:
+                return {
+                    subject: message["what"]
+                    for message in receiver.told()
+                    if (message["event"], message["state"]) == ("model_given_up", state)
+                    for subject in message["subjects"]
+                }
+
+            await until(lambda: about("begun").keys() == {"broken", "raises"})
+            for name in ("broken", "raises"):
+                shutil.rmtree(tmp_path / "models" / name)
+            await until(lambda: about("ended").keys() == {"broken", "raises"})
+    for name, what in about("ended").items():
+        assert f"{name} is gone" in what
+        assert "takes part" not in what
+
+
+async def test_at_the_end_of_a_recording_nothing_is_called_fresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alarms, "_LOOK_S", 0.02)
+    (tmp_path / "recording").mkdir()
+    for asset, seconds in (("BTC", 400), ("ETH", 200)):
+        lines = [f"{1_700_000_000 + second},{100 + second % 3}" for second in range(0, seconds, 5)]
+        (tmp_path / "recording" / f"{asset}.csv").write_text("\n".join(["timestamp,close", *lines]) + "\n")
+    async with receiving() as receiver:
+        replay = 'source = "replay"\npath = "recording"\n'
+        text = LOCAL.format(url=receiver.url, secret=SECRET)
+        text = text.replace('assets = ["BTC"]', 'assets = ["BTC", "ETH"]').replace(
+            "[feed]\n", "[feed]\n" + replay
+        )
+        (tmp_path / "config.toml").write_text(text.replace("[game]", "[game]\nspeed = 50"))
+        async with playing(configuration.load(tmp_path / "config.toml", {})) as game:
+            await until(lambda: ("feed_stale", "begun") in receiver.events())
+            assert not game.feed.finished
+            await until(lambda: ("feed_stale", "ended") in receiver.events())
+            assert game.feed.finished
+    ended = [message for message in receiver.told() if message["state"] == "ended"]
+    whats = [message["what"] for message in ended if message["event"] == "feed_stale"]
+    assert whats == ["ETH: the recording is over"]
 
 
 def test_each_disk_is_looked_at_once(tmp_path: Path) -> None:
