@@ -139,7 +139,6 @@ class BadExchange(Exchange):
         return [(at_s, absurd), (at_s + 600, level), *((at_s - 60 * (k + 1), p) for k, p in enumerate(bad))]
 
 
-@pytest.mark.timeout(280)
 async def test_three_days_of_trouble_lose_and_repeat_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

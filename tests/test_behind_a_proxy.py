@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -115,6 +116,7 @@ async def test_events_pass_the_proxy_as_they_happen(tmp_path: Path) -> None:
     script = (Path(server.__file__).parent / "static" / "live.js").read_text()
     assert re.findall(r"new EventSource\((.*?)\?", script) == ["`${root.dataset.root}/events"]
     async with (
+        asyncio.timeout(60),
         served.serve(tmp_path, CONFIG) as game,
         proxied(game, strips=True) as client,
         client.stream("GET", f"{PREFIX}/events") as stream,

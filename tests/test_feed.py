@@ -567,7 +567,7 @@ async def test_a_level_that_changed_at_the_edge_of_a_page_after_an_outage_is_bel
 
 
 async def until_history(feed: Feed) -> None:
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         await feed.history_ready.wait()
 
 

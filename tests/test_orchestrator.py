@@ -41,6 +41,7 @@ from condor_lite.models.orchestrator import LocalState, Orchestrator, Patience, 
 pytestmark = pytest.mark.anyio
 
 MODELS = Path(__file__).parent / "models"
+LIMIT_S = 60
 QUICK = Patience(scan_s=0.05, backoff_s=0.05, max_backoff_s=0.2, failures=3, stop_grace_s=1.0)
 
 
@@ -78,7 +79,7 @@ async def orchestrating(tmp_path, patience=QUICK, **orchestrator):
     assert set(psutil.Process().children()) <= before
 
 
-async def until(orch, condition, seconds=20):
+async def until(orch, condition, seconds=LIMIT_S):
     """Wait for the states (by model id) to meet a condition."""
     states = {}
     try:
@@ -92,7 +93,7 @@ async def until(orch, condition, seconds=20):
         pytest.fail(f"never came true: {states}")
 
 
-async def eventually(condition, seconds=10):
+async def eventually(condition, seconds=LIMIT_S):
     with anyio.fail_after(seconds):
         while True:
             if condition():
@@ -114,7 +115,7 @@ class Coordinator:
         self.connection = connection
 
     async def next(self):
-        with anyio.fail_after(15):
+        with anyio.fail_after(LIMIT_S):
             message = json.loads(await self.connection.recv())
         return message["event"], message["data"]
 

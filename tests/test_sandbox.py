@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import anyio
 import grpc
@@ -52,8 +53,6 @@ either_way = pytest.mark.parametrize(
 
 
 class Hostile(Host):
-    timeout_s = 60
-
     async def value(self, method, *args):
         status, answer = await self.call(method, *args)
         assert status.code == "SUCCESS", status
@@ -141,7 +140,7 @@ async def test_processor_time_is_limited_from_call_to_call(tmp_path, boxed):
             assert await host.value("burn", 0.9) == "burnt"
         with pytest.raises(grpc.aio.AioRpcError):
             await host.value("burn", 600)
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             assert "killed by SIGXCPU: more than 1 s of a processor" in await host.process.wait()
 
 
@@ -178,7 +177,7 @@ def test_the_guard_ends_what_left_its_group():
     lines = f"+{dead.pid} {mark}\n+{innocent.pid} another\n-{innocent.pid} another\n"
     try:
         subprocess.run([sys.executable, "-I", "-S", guard.__file__], input=lines, text=True, check=True)
-        assert strayed.wait(10) == -signal.SIGKILL
+        assert strayed.wait(60) == -signal.SIGKILL
         assert innocent.poll() is None
     finally:
         for process in (strayed, innocent):
@@ -243,7 +242,8 @@ async def test_a_model_finds_no_database_no_rival_and_no_process_but_its_own(tmp
 @needs_sandbox
 async def test_what_lies_beside_the_packages_is_hidden_too(tmp_path):
     """A game whose folder is inside of what every sandbox shows, such as /usr/local/game."""
-    game = sandbox._PACKAGE / f"game-{secrets.token_hex(4)}"
+    place = Path(sys.prefix) if os.access(sys.prefix, os.W_OK) else sandbox._PACKAGE  # others read the latter
+    game = place / f"game-{secrets.token_hex(4)}"
     try:
         shutil.copytree(MODELS / "good", game / "models" / "rival")
         (game / "data").mkdir()
@@ -276,7 +276,7 @@ async def test_a_sandbox_ends_when_its_process_is_killed(tmp_path):
     async with hosting(tmp_path, True) as host:
         await host.value("escape", token)
         os.kill(host.process.pid, signal.SIGKILL)
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             assert "killed by SIGKILL" in await host.process.wait()
         await eventually(lambda: not with_argument(token))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from condor_lite import config as configuration
 from condor_lite import supervisor
 from condor_lite.errors import StorageUnavailable
 from condor_lite.supervisor import Game, Service, playing
+from tests.program import LIMIT_S
 from tests.stage import until
 
 pytestmark = pytest.mark.anyio
@@ -136,23 +138,24 @@ async def test_every_service_that_is_killed_comes_back_while_the_others_go_on(
             for name, service in services.items():
                 assert isinstance(service, Mortal)
                 before = {other.name: other.restarts for other in game.services}
-                rounds, leaderboard_s = len(await held(game)), scored(game)
-                service.kill()
-                await until(lambda service=service: service.failure)
-                assert "Injected" in str(service.failure) or "ExceptionGroup" in str(service.failure)
-                if name == "report":
-                    assert any("report is down" in problem.what for problem in game.problems())
-                else:
-                    status, said = await ready(game)
-                    assert (status, f"{name} is down" in said) == (503, True), said
+                rounds, leaderboard_s, kills = len(await held(game)), scored(game), 0
+                while not service.failure:  # on a slow machine it may be back before it was looked at
+                    kills += 1
+                    service.kill()
+                    await until(lambda service=service: service.failure)
+                    assert "Injected" in str(service.failure) or "ExceptionGroup" in str(service.failure)
+                    assert any(f"{name} is down" in problem.what for problem in game.problems())
+                    if name != "report":
+                        status, said = await ready(game)
+                assert name == "report" or (status, f"{name} is down" in said) == (503, True), said
                 await until(lambda service=service: not service.failure)
                 await until_held(game, rounds + 2)
                 await until(lambda since_s=leaderboard_s: scored(game) > since_s)
                 after = {other.name: other.restarts for other in game.services}
-                assert after == {**before, name: before[name] + 1}, "nobody else was restarted"
+                assert after == {**before, name: before[name] + kills}, "nobody else was restarted"
             await until_ready(game)
     failures = [line["service"] for line in logs if line["event"] == "service_failed"]
-    assert failures == list(services), "each once, in turn"
+    assert [name for name, _ in groupby(failures)] == list(services), "each in turn"
 
 
 async def held(game: Game) -> list[Any]:
@@ -165,13 +168,15 @@ async def held(game: Game) -> list[Any]:
 
 
 async def until_held(game: Game, count: int) -> None:
-    while len(await held(game)) < count:  # noqa: ASYNC110 - a commit has no event
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(LIMIT_S):
+        while len(await held(game)) < count:  # noqa: ASYNC110 - a commit has no event
+            await asyncio.sleep(0.05)
 
 
 async def until_ready(game: Game) -> None:
-    while (await ready(game))[0] != 200:  # noqa: ASYNC110 - neither has this
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(LIMIT_S):
+        while (await ready(game))[0] != 200:  # noqa: ASYNC110 - neither has this
+            await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize(("error", "longest_s"), [(RuntimeError, 0.08), (StorageUnavailable, 0.02)])

@@ -118,7 +118,6 @@ def show(leaderboard: Leaderboard) -> None:
         print(f"{standing.rank or '-':>2} {standing.model.info.model_name:<20} {by_setting}")
 
 
-@pytest.mark.timeout(280)
 async def test_six_hours_around_the_night_when_usdc_lost_its_peg(tmp_path: Path) -> None:
     folder = recorded()
     text = SETTINGS.format(assets='"BTC", "USDC", "USDT"')
@@ -135,7 +134,6 @@ async def test_six_hours_around_the_night_when_usdc_lost_its_peg(tmp_path: Path)
     assert max(on_usdc["student_t"], on_usdc["calm_turbulent"]) > on_usdc["constant_normal"]
 
 
-@pytest.mark.timeout(280)
 async def test_three_hours_on_synthetic_prices(tmp_path: Path) -> None:
     start_s = 1_800_000_000
     (tmp_path / "config.toml").write_text(SETTINGS.format(assets='"BTC", "XAU"') + '[feed]\nhistory = "7d"\n')
@@ -147,7 +145,6 @@ async def test_three_hours_on_synthetic_prices(tmp_path: Path) -> None:
     assert leaderboard.standings[0].model.info.model_id != "constant_normal"
 
 
-@pytest.mark.timeout(280)
 async def test_a_crunch_synth_tracker_plays_and_is_scored_as_it_is(tmp_path: Path) -> None:
     pytest.importorskip("crunch_synth")
     tracker = Path(__file__).parent / "models" / "crunch_synth_gaussian"
