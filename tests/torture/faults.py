@@ -203,20 +203,22 @@ def pool_memory(world: World, spell: Spell) -> list[str]:
     process = world.child("spawn_main")
     if process is None:
         return ["there is no scoring process"]
-    process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms, resource.RLIM_INFINITY))
-    time.sleep(spell.span_s)
-    process.kill()
-    hit, until_s = 0, time.monotonic() + spell.span_s
+    with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+        process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms, resource.RLIM_INFINITY))
+        process.wait(spell.span_s)
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
+    until_s = time.monotonic() + spell.span_s
     while time.monotonic() < until_s:
-        with suppress(psutil.NoSuchProcess):
-            if (starting := world.child("spawn_main")) not in (None, process):
+        starting = world.child("spawn_main")
+        if starting not in (None, process):
+            with suppress(psutil.NoSuchProcess):
                 starting.rlimit(resource.RLIMIT_AS, (_LESS_THAN_NUMPY_TAKES, resource.RLIM_INFINITY))
-                process, hit = starting, hit + 1
+                process = starting
         time.sleep(0.01)
-    if process.is_running():  # one that met no shortage yet may go on
-        with suppress(psutil.NoSuchProcess):
-            process.rlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return [] if hit else ["no scoring process was started"]
+    with suppress(psutil.NoSuchProcess):  # one that met no shortage yet may go on
+        process.rlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return []
 
 
 def descriptors(world: World, spell: Spell) -> list[str]:
@@ -322,5 +324,7 @@ FAULTS: dict[type[World], tuple[Fault, ...]] = {
         stopped,
         kill,
         terminate,
+        terminate_twice,
+        port_taken,
     ),
 }

@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import psutil
+
 from tests.torture.faults import Fault, Impossible, Spell
 from tests.torture.worlds import World
 
@@ -52,7 +54,7 @@ class Torture:
         except Impossible as reason:
             record.impossible = str(reason)
             return
-        except AssertionError as error:  # something outlived the program
+        except (AssertionError, psutil.Error) as error:  # something outlived the program, or is not there
             violations = [str(error)]
         recovery_s = self.wait(world, world.newest_round_s())
         if recovery_s is None:
