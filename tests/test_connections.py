@@ -99,7 +99,7 @@ class Client:
                 return True
 
 
-Connect = Callable[[], Awaitable[Client]]
+Connect = Callable[..., Awaitable[Client]]
 
 
 @pytest.fixture
@@ -107,8 +107,9 @@ async def connect(served: server.Server) -> AsyncIterator[Connect]:
     """Opens connections with little room for what has not been read, closed with the test."""
     clients: list[Client] = []
 
-    async def open_one() -> Client:
+    async def open_one(address: str = "127.0.0.1") -> Client:
         sock = socket.socket()
+        sock.bind((address, 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", served.port))
@@ -181,9 +182,9 @@ async def test_a_client_that_sends_a_byte_at_a_time_is_cut_off(
     returning.send(ASK[:10])
     await until(lambda: sum(not connection.is_waiting for connection in served.connections) == 1)
 
-    await check(served, 19)
+    await check(served, 9)
     assert len(served.connections) == 4
-    await check(served, 21)
+    await check(served, 11)
 
     assert await silent.ended()
     assert await dribbling.ended()
@@ -290,3 +291,58 @@ async def test_a_newcomer_takes_the_place_of_who_waits_longest(
     await until(lambda: not any(connection.is_waiting for connection in served.connections))
     refused = await connect()
     assert (await refused.refusal())[0] == 503
+
+
+async def test_slow_readers_make_room_for_a_newcomer(
+    served: server.Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 3)
+    for number in range(1, 4):
+        client = await connect()
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        client.send(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        await until(lambda number=number: behind(served) == number)  # type: ignore[misc]
+        await check(served, number)
+        if number == 1:
+            (slowest,) = served.connections
+
+    honest = await connect()
+    honest.send(ASK)
+
+    assert (await honest.answer())[0] == 200
+    assert len(served.connections) == 3
+    assert slowest not in served.connections
+
+
+async def test_the_address_with_most_connections_makes_room_for_another(
+    served: server.Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 4)
+    other = await connect("127.0.0.3")
+    other.send(ASK)
+    assert (await other.answer())[0] == 200
+    crowd = [await connect() for _ in range(3)]
+    for client in crowd:
+        client.send(b"GET /never HTTP/1.1\r\nHost: x\r\n\r\n")
+    await until(lambda: sum(not one.is_waiting for one in served.connections) == 3)
+
+    assert (await (await connect()).refusal())[0] == 503  # one more of the crowd
+    honest = await connect("127.0.0.2")
+    honest.send(ASK)
+
+    assert (await honest.answer())[0] == 200
+    assert await crowd[0].ended()
+    other.send(ASK)
+    assert (await other.answer())[0] == 200
+
+
+async def test_a_network_of_ipv6_counts_as_one_address() -> None:
+    network = connections.network
+    assert network("2001:db8::1") == network("2001:db8:0:0:ffff::2") != network("2001:db8:0:1::1")
+    assert network("::ffff:10.0.0.1") == network("10.0.0.1") != network("10.0.0.2")
+    assert network("fe80::1%eth0") == network("fe80::1")
+
+
+def behind(made: server.Server) -> int:
+    """How many are sent something that they do not take."""
+    return sum(bool(one.transport.get_write_buffer_size()) for one in made.connections)

@@ -6,8 +6,10 @@ What breaks a bound is told so in JSON where it may still be listening, and cut 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
+from ipaddress import IPv6Address, ip_address
 from typing import Any
 
 import orjson
@@ -32,10 +34,13 @@ SECURITY_HEADERS: Mapping[str, str] = {
 """What a browser must not do with an answer. uvicorn puts them into each, its own included."""
 
 MOST_CONNECTIONS = 512
+"""A newcomer beyond them takes the place of one of the address that has most of them."""
 MOST_HEAD_BYTES = 16 * 1024
 MOST_BODY_BYTES = 16 * 1024
-REQUEST_WITHIN_S = 20.0
-"""From the connection, or the last answer, to the end of a request's headers."""
+REQUEST_WITHIN_S = 10.0
+"""From the connection, or the last answer, to a request's first byte, and from there to the end of its
+headers.
+"""
 STALLED_AFTER_S = 30.0
 """A client that takes nothing of its answer for so long is cut off."""
 BEHIND_FOR_S = 600.0
@@ -55,12 +60,15 @@ class _Refused(Exception):
 
 
 class Connection(HttpToolsProtocol):
-    """`waiting_since_s`: when it began to wait for a request (loop time)."""
+    """`address`: the client's, or its proxy's. `waiting_since_s`: since when it has waited for a request, or
+    for the rest of it (loop time).
+    """
 
     connections: set[Connection]  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
+        self.address: object = None
         self.waiting_since_s = self.loop.time()
         self._head_bytes = 0
         self._in_head = True
@@ -94,6 +102,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.address = network(self.client[0]) if self.client else None
         if len(self.connections) > MOST_CONNECTIONS:
             self._make_room()
 
@@ -115,6 +124,7 @@ class Connection(HttpToolsProtocol):
             )
             raise self._refused
         self._head_bytes, self._in_head = 0, True
+        self.waiting_since_s = self.loop.time()
         super().on_message_begin()
         self.scope["extensions"] = {CUT_OFF: {"call": self.transport.abort}}
 
@@ -159,23 +169,42 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
     def _make_room(self) -> None:
-        """Close the connection that has waited longest for a request; this one, where all others are busy."""
-        longest = min(
-            (other for other in self.connections if other.is_waiting and other is not self),
-            key=lambda other: other.waiting_since_s,
-            default=None,
-        )
-        if longest is not None:
+        """Close a connection of the address that has most of them: this one, where all others have something
+        to do, and are of the same address.
+        """
+        counts = Counter(other.address for other in self.connections)
+        most = max(counts.values())
+        crowd = [one for one in self.connections if counts[one.address] == most and one is not self]
+        longest = min(crowd, key=Connection._place, default=self)
+        if longest.is_idle or counts[self.address] < most:
             longest.transport.abort()
         else:
             busy = f"{MOST_CONNECTIONS} clients are being answered: try again in a few seconds"
             self._refuse(_Refused(HTTPStatus.SERVICE_UNAVAILABLE, busy))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for a request, or takes its answer slowly."""
+        return self.is_waiting or self._left > 0
+
+    def _place(self) -> tuple[bool, bool, float]:
+        """Who is least, goes first."""
+        since_s = self.waiting_since_s if self.is_waiting or not self._left else self._behind_since_s
+        return not self.is_idle, not self.is_waiting, since_s
 
 
 def check(connections: Iterable[Connection], now_s: float) -> None:
     """Cut off all clients that are too slow."""
     for connection in tuple(connections):
         connection.check(now_s)
+
+
+def network(host: str) -> object:
+    """What one client may have as many addresses of as it likes: of IPv6 the first 64 bits."""
+    address = ip_address(host.partition("%")[0])
+    if isinstance(address, IPv6Address):
+        return address.ipv4_mapped or int(address) >> 64
+    return address
 
 
 def _too_much_head() -> _Refused:
