@@ -8,6 +8,7 @@ the wall's time, like the disks it guards against.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import sys
 import time
@@ -26,6 +27,7 @@ log = structlog.get_logger()
 
 _STAMP = "%Y%m%dT%H%M%SZ"
 _RETRY_S = 600.0
+_LOOK_S = 600.0
 _MOST_S = 3600.0  # one that takes longer hangs, and holds the write-ahead log
 _LEFT_AFTER_S = 3600.0  # a copy that nobody wrote to for so long is a killed process's
 
@@ -49,32 +51,34 @@ class Backups:
         self._names = re.compile(name)
         self._left = re.compile(rf"\.{name}\.\d+\.part(-journal)?")
         self._failure: str | None = None
-        self._newest_s: float | None = None
+        self._made_s = self._newest_s = -math.inf
 
     @property
     def state(self) -> BackupState:
         """How it went the last time."""
-        age_s = None if self._newest_s is None else max(self._clock.now() - self._newest_s, 0.0)
-        return BackupState(self._failure, age_s)
+        age_s = max(self._clock.now() - self._newest_s, 0.0)
+        return BackupState(self._failure, age_s if math.isfinite(age_s) else None)
 
     async def run(self) -> None:
         """Make one whenever it is due, until cancelled."""
-        with self._clock.hold():
-            due_s = await self._due_s()
         while True:
-            await self._clock.sleep_until(due_s)
             with self._clock.hold():
-                self._failure = await self._make()
-                if self._failure is None:
-                    due_s = await self._due_s()
-                else:
+                due_s = await self._due_s()
+                if self._clock.now() >= due_s:
+                    self._failure = await self._make()
+                    if self._failure is None:
+                        self._made_s = self._clock.now()  # also where the folder can't be listed
+                        continue
                     due_s = self._clock.now() + min(_RETRY_S, self._config.every_s)
+            with anyio.move_on_after(_LOOK_S):  # a clock that was set back would not get there
+                await self._clock.sleep_until(due_s)
 
     async def _due_s(self) -> float:
-        made_s = await asyncio.to_thread(self._found)  # a network's disk may take its time
+        found = await asyncio.to_thread(self._found)  # a network's disk may take its time
         now_s = self._clock.now()
-        self._newest_s = max((at_s for at_s in made_s.values() if at_s <= now_s), default=None)
-        return (self._newest_s or 0.0) + self._config.every_s
+        made_s = (self._made_s, *found.values())
+        self._newest_s = max((at_s for at_s in made_s if at_s <= now_s), default=-math.inf)
+        return self._newest_s + self._config.every_s
 
     def _found(self) -> dict[Path, float]:
         """The backups that are there, and the times in their names."""

@@ -18,9 +18,10 @@ import anyio
 import pytest
 from structlog.testing import capture_logs
 
+from condor_lite import backup as backups_module
 from condor_lite import cli, stopping
 from condor_lite.backup import Backups, BackupState
-from condor_lite.clock import SteppedClock
+from condor_lite.clock import GameClock, SteppedClock
 from condor_lite.config import BackupConfig
 from condor_lite.errors import StorageError
 from condor_lite.game import schedule
@@ -435,6 +436,21 @@ async def test_names_from_the_future_delay_nothing_and_go_first(tmp_path: Path) 
         }
 
 
+async def test_a_clock_that_is_set_back_stops_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backups_module, "_LOOK_S", 0.05)
+    folder = tmp_path / "backups"
+    ahead_s = [365 * 86400.0]
+    clock = GameClock()
+    monkeypatch.setattr(clock, "now", lambda: time.time() + ahead_s[0])
+    async with stored(tmp_path, 10) as db, anyio.create_task_group() as tasks:
+        backups = Backups(BackupConfig(HOUR_S, 3, folder), db.path, clock)
+        tasks.start_soon(backups.run)
+        await until(lambda: backups.state.age_s is not None)
+        ahead_s[0] = 0.0
+        await until(lambda: len(list(folder.glob("game-*.db"))) == 2)
+        tasks.cancel_scope.cancel()
+
+
 async def test_only_what_killed_processes_left_of_these_backups_is_cleared(tmp_path: Path) -> None:
     folder = tmp_path / "backups"
     folder.mkdir()
@@ -494,8 +510,9 @@ async def test_a_folder_that_is_slow_to_read_holds_nobody_up(
     async with stored(tmp_path, 10) as db, service(db, SteppedClock(START_S), tmp_path / "backups"):
         await until(asked.is_set)
         answered.set()
-        await until(lambda: seen)
+        await until(lambda: len(seen) == 3)  # when it starts, to find the oldest, and for the next one
     assert seen[0]
+    assert len(files(tmp_path / "backups")) == 1
 
 
 async def test_a_game_makes_them_when_the_config_says_so(tmp_path: Path) -> None:
