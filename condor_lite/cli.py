@@ -315,13 +315,11 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from contextlib import closing
-
     from condor_lite import explain, sums
-    from condor_lite.storage.database import open_read_only
+    from condor_lite.storage.database import reading
 
     config = _config(arguments)
-    with closing(open_read_only(config.storage.path)) as connection:
+    with reading(config.storage.path) as connection:
         if arguments.model_id is None:
             lines = sums.round_lines(
                 explain.explain_round(connection, arguments.round_id, arguments.scorer_version)
@@ -358,13 +356,11 @@ def _rescore(arguments: argparse.Namespace) -> int:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    from contextlib import closing
-
     import msgspec
     import orjson
 
     from condor_lite import control, roster, table
-    from condor_lite.storage.database import open_read_only
+    from condor_lite.storage.database import reading
 
     config = _config(arguments)
     database = config.storage.path
@@ -374,7 +370,7 @@ def _models(arguments: argparse.Namespace) -> int:
     try:
         listing = msgspec.convert(control.call(database, "models"), roster.Listing)
     except control.NoGame:
-        with closing(open_read_only(database)) as connection:
+        with reading(database) as connection:
             listing = roster.stored(connection, config.game.name)
     if arguments.json:
         print(orjson.dumps(listing, option=orjson.OPT_INDENT_2).decode())
@@ -385,15 +381,13 @@ def _models(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from contextlib import closing
-
     from condor_lite import export
-    from condor_lite.storage.database import open_read_only
+    from condor_lite.storage.database import reading
     from condor_lite.storage.exports import Wanted
 
     config = _config(arguments)
     console = export.Console(sys.stderr)
-    with closing(open_read_only(config.storage.path)) as connection:
+    with reading(config.storage.path) as connection:
         try:
             since_s, until_s = export.read_range(connection, arguments.since, arguments.until)
             written = export.export(

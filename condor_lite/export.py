@@ -1,7 +1,7 @@
 """`condor-lite export`: what is stored, as files that other programs and `feed.source = "replay"` read.
 
-Works beside a running game: it reads one snapshot of the file, some thousand rows at a time. Meanwhile the
-write-ahead log grows by what the game writes.
+Works beside a running game: it reads some thousand rows at a time, those of one moment, and nothing that is
+newer than its beginning. In between nothing is held, so that the write-ahead log does not grow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from condor_lite.formats import FORMATS, ExportError
 from condor_lite.storage import exports, repositories
 from condor_lite.storage.exports import Row, Table, Wanted
 
-_GROUP_ROWS = 10_000  # between two looks at the progress
 _GROUP_CHARACTERS = 16 * 2**20
 _EVERY_S = 0.5
 
@@ -68,25 +67,21 @@ def export(
     """Write the rows of one of `KINDS` to the file `place`; prices to `<ASSET>.<format>` in that folder.
 
     All files take their names at the end, when the last one is whole: whoever reads meanwhile finds the old
-    ones, or none. Raises ExportError where nothing is stored that is wanted, where a file is there already
-    and `overwrite` is not asked for, and where it can't be written.
+    ones, or none. `conn` is in autocommit mode. Raises ExportError where nothing is stored that is wanted,
+    where a file is there already and `overwrite` is not asked for, and where it can't be written.
     """
     if kind != "prices" and place.suffix[1:] in FORMATS.keys() - {format_}:
         raise ExportError(f"{place} would hold {format_}; say --format {place.suffix[1:]}, or rename it")
-    conn.execute("BEGIN")  # one snapshot for all of it
-    try:
-        tables = KINDS[kind](conn, wanted)
-        if not tables:
-            raise ExportError(f"no {_NAMES[kind]} are stored in that range, of what was asked for")
-        paths = [place / f"{table.name}.{format_}" if kind == "prices" else place for table in tables]
-        _refuse_existing(paths, overwrite)
-        with ExitStack() as files:
-            return [
-                _write(files.enter_context(_replacing(path)), path, table, kind, format_, tell)
-                for table, path in zip(tables, paths, strict=True)
-            ]
-    finally:
-        conn.execute("ROLLBACK")
+    tables = KINDS[kind](conn, wanted)
+    if not tables:
+        raise ExportError(f"no {_NAMES[kind]} are stored in that range, of what was asked for")
+    paths = [place / f"{table.name}.{format_}" if kind == "prices" else place for table in tables]
+    _refuse_existing(paths, overwrite)
+    with ExitStack() as files:
+        return [
+            _write(files.enter_context(_replacing(path)), path, table, kind, format_, tell)
+            for table, path in zip(tables, paths, strict=True)
+        ]
 
 
 def read_range(conn: sqlite3.Connection, since: str | None, until: str | None) -> tuple[float, float]:
@@ -141,7 +136,7 @@ def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
     for row in rows:
         group.append(row)
         characters += len(row[-1]) if isinstance(row[-1], str) else 0
-        if len(group) == _GROUP_ROWS or characters > _GROUP_CHARACTERS:
+        if len(group) == exports.PAGE_ROWS or characters > _GROUP_CHARACTERS:
             yield group
             group, characters = [], 0
     if group:

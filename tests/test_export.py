@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import math
+import os
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -23,6 +24,7 @@ from condor_lite import config as configuration
 from condor_lite import export as exporting
 from condor_lite.clock import SteppedClock
 from condor_lite.config import Config
+from condor_lite.errors import StorageError
 from condor_lite.export import ExportError, Written, export, lines, read_range
 from condor_lite.game.entities import (
     Answer,
@@ -206,6 +208,74 @@ async def test_an_export_that_fails_leaves_nothing_and_touches_nothing(tmp_path:
         assert (out / "BTC.csv").read_text() == "old"
         with pytest.raises(ExportError, match="can't be written: File exists"):
             everything(conn, out / "BTC.csv")
+
+
+async def test_the_log_can_be_emptied_while_an_export_runs_and_no_row_comes_twice(tmp_path: Path) -> None:
+    emptied: list[int] = []
+    out = tmp_path / "out"
+    async with stored(tmp_path, BTC=some(25_000)) as conn:
+        with closing(sqlite3.connect(tmp_path / "game.db", timeout=0, isolation_level=None)) as db:
+
+            def tell(asset: str, of: int, rows: int) -> None:
+                repositories.add_prices(db, "BTC", [(START_S - 60 * len(emptied), 1.0)], "test", 0)
+                repositories.add_prices(db, "BTC", [(START_S + 10**7 + len(emptied), 1.0)], "test", 0)
+                (busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                emptied.append(not busy)
+
+            (written,) = everything(conn, out, tell=tell)
+    assert emptied == [True] * 3
+    assert written.rows == 25_000, "what came after the beginning is not in it"
+    times = [int(row["timestamp"]) for row in read_back(out / "BTC.csv")]
+    assert times == [START_S + 60 * minute for minute in range(25_000)]
+
+
+async def test_a_file_that_breaks_in_the_middle_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stopping, "restore", lambda: None)
+    (tmp_path / "config.toml").write_text(REMOTE.format(port=1) + '[storage]\npath = "game.db"\n')
+    path, out = tmp_path / "game.db", tmp_path / "out"
+    out.mkdir()
+    (out / "BTC.csv").write_text("old")
+    async with stored(tmp_path, BTC=some(50_000)):
+        pass
+    sound = path.read_bytes()
+    arguments = ["export", "prices", str(out), "--overwrite", "--config", str(tmp_path / "config.toml")]
+
+    def refused(said: str) -> None:
+        assert cli.main(arguments) == 2
+        assert said in capsys.readouterr().err
+        assert [file.name for file in out.iterdir()] == ["BTC.csv"]
+        assert (out / "BTC.csv").read_text() == "old"
+
+    middle = len(sound) // 2 // 4096 * 4096
+    path.write_bytes(sound[:middle] + b"\xff" * 4096 + sound[middle + 4096 :])
+    refused("is damaged (database disk image is malformed); restore it from a backup")
+
+    path.write_bytes(sound)
+    write = exporting._write
+
+    def cut(*given: Any) -> Any:
+        tell = given[-1]
+
+        def told(*news: Any) -> None:
+            os.truncate(path, middle)
+            tell(*news)
+
+        return write(*given[:-1], told)
+
+    monkeypatch.setattr(exporting, "_write", cut)
+    refused(f"{path} is damaged")
+
+
+async def test_an_answer_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    async with played(tmp_path) as conn:
+        with closing(sqlite3.connect(tmp_path / "game.db")) as db:
+            db.execute("UPDATE payload SET body = x'01020304ff' WHERE round_no = 1")
+            db.commit()
+        with pytest.raises(StorageError, match=r"the stored answer of a in BTC-60-60-.* is damaged"):
+            export(conn, "predictions", tmp_path / "out.csv", replace(ALL, payloads=True))
+    assert not (tmp_path / "out.csv").exists()
 
 
 async def test_an_empty_range_is_said(tmp_path: Path) -> None:

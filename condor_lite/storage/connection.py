@@ -122,7 +122,8 @@ def explain(error: Exception, path: Path) -> StorageError | None:
     code = sqlite3.SQLITE_NOMEM if isinstance(error, MemoryError) else result_code(error)
     if code in _PASSING:
         return StorageUnavailable(f"{_PASSING[code]}: {path} ({error})")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    undecodable = "Could not decode to UTF-8" in str(error)  # Python's own, without a code
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or undecodable:
         return StorageError(f"{path} is damaged ({error}); restore it from a backup")
     return None
 

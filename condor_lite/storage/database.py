@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import sqlite3
 import time
@@ -283,10 +284,10 @@ def _report_unseen(future: Future[T]) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: Path, limit_s: float) -> Iterator[sqlite3.Connection]:
+def reading(path: Path, limit_s: float = math.inf) -> Iterator[sqlite3.Connection]:
     """A read-only connection of its own, for a thread, all of whose queries together may take `limit_s`.
 
-    Raises QueryTimeout, and other StorageErrors.
+    Raises QueryTimeout, and other StorageErrors: also where the file can't be read in the middle.
     """
     until_s = time.monotonic() + limit_s
     with contextlib.closing(open_read_only(path)) as connection:

@@ -1,4 +1,8 @@
-"""What `export` reads: whole tables, row by row, in the order of time. The first argument is a connection."""
+"""What `export` reads: whole tables, row by row, in the order of time. The first argument is a connection.
+
+It must be in autocommit mode: rows are read in pages, each of one moment and in a transaction of its own, so
+that nothing is held from the game for long. What is newer than the beginning is left out.
+"""
 
 # ruff: noqa: S608  (only constants are put together)
 from __future__ import annotations
@@ -9,11 +13,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
+import zstandard
 
+from condor_lite.errors import StorageError
 from condor_lite.storage.compression import decompress
 from condor_lite.storage.queries import ANSWER, NEWEST, RESULT
 
 Row = tuple[Any, ...]
+
+PAGE_ROWS = 10_000
+_PAGE_PAYLOADS = 200  # which may be large
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,7 @@ _STANDING = (
 )
 _DENSITIES = (Column("densities", "text"), "payload.body")
 _PRICE = ((Column("timestamp", "integer"), "ts_s"), (Column("close", "number"), "price"))
-_BY_ROUND = "ORDER BY r.scheduled_at_s, r.round_no, {}.model_no"
+_BY_ROUND = ("r.scheduled_at_s", "r.round_no")
 _OF_ROUNDS = "r.scheduled_at_s BETWEEN :since AND :until"
 _OF_ASSETS = "(:assets = '[]' OR r.asset IN (SELECT value FROM json_each(:assets)))"
 _OF_MODELS = "(:models = '[]' OR m.model_id IN (SELECT value FROM json_each(:models)))"
@@ -107,19 +116,19 @@ def prices(conn: sqlite3.Connection, wanted: Wanted) -> list[Table]:
     """Each asset's prices, as a replay reads them; assets without any are left out."""
     of_asset = "FROM price r WHERE asset = :asset AND ts_s BETWEEN :since AND :until"
     counts = conn.execute(
-        f"SELECT asset, count(*) FROM price r WHERE ts_s BETWEEN :since AND :until AND {_OF_ASSETS} "
-        "GROUP BY asset ORDER BY asset",
+        f"SELECT asset, count(*), max(ts_s) FROM price r WHERE ts_s BETWEEN :since AND :until "
+        f"AND {_OF_ASSETS} GROUP BY asset ORDER BY asset",
         _parameters(wanted),
     ).fetchall()
     tables = []
-    for asset, count in counts:
-        parameters = {**_parameters(wanted), "asset": asset}
+    for asset, count, until_s in counts:
+        parameters = {**_parameters(wanted), "asset": asset, "until": until_s}
         (changes,) = conn.execute(
             "SELECT count(*) FROM (SELECT source, lag(source) OVER (ORDER BY ts_s) AS before "
             f"{of_asset}) WHERE source != before",
             parameters,
         ).fetchone()
-        rows = _reader(conn, _PRICE, f"{of_asset} ORDER BY ts_s", parameters)
+        rows = _reader(conn, _PRICE, of_asset, ("ts_s",), parameters)
         tables.append(Table(asset, _columns(_PRICE), 0, count, rows, changes))
     return tables
 
@@ -130,7 +139,7 @@ def leaderboard(conn: sqlite3.Connection, wanted: Wanted) -> list[Table]:
         "FROM leaderboard t INDEXED BY leaderboard_by_time CROSS JOIN model m ON m.model_no = t.model_no "
         f"WHERE t.created_at_s BETWEEN :since AND :until AND {_OF_MODELS}"
     )
-    return _table(conn, "leaderboard", _STANDING, 0, wanted, rows, "ORDER BY t.created_at_s, t.model_no")
+    return _table(conn, "leaderboard", _STANDING, 0, wanted, rows, ("t.created_at_s", "t.model_no"))
 
 
 def scores(conn: sqlite3.Connection, wanted: Wanted) -> list[Table]:
@@ -140,7 +149,7 @@ def scores(conn: sqlite3.Connection, wanted: Wanted) -> list[Table]:
         "CROSS JOIN score s ON s.round_no = q.round_no AND s.scorer_version = q.scorer_version "
         f"CROSS JOIN model m ON m.model_no = s.model_no WHERE {_OF_ROUNDS} AND {_OF_ASSETS} AND {_OF_MODELS}"
     )
-    return _table(conn, "scores", _SCORE, 4, wanted, rows, _BY_ROUND.format("s"))
+    return _table(conn, "scores", _SCORE, 4, wanted, rows, (*_BY_ROUND, "s.model_no"))
 
 
 def predictions(conn: sqlite3.Connection, wanted: Wanted) -> list[Table]:
@@ -155,7 +164,7 @@ def predictions(conn: sqlite3.Connection, wanted: Wanted) -> list[Table]:
         f"CROSS JOIN model m ON m.model_no = p.model_no {RESULT} {payload} "
         f"WHERE {_OF_ROUNDS} AND {_OF_ASSETS} AND {_OF_MODELS}"
     )
-    return _table(conn, "predictions", columns, 4, wanted, rows, _BY_ROUND.format("p"))
+    return _table(conn, "predictions", columns, 4, wanted, rows, (*_BY_ROUND, "p.model_no"))
 
 
 def _table(
@@ -165,27 +174,55 @@ def _table(
     time: int,
     wanted: Wanted,
     rows: str,
-    order: str,
+    key: tuple[str, ...],
 ) -> list[Table]:
     parameters = _parameters(wanted)
-    (count,) = conn.execute(f"SELECT count(*) {rows}", parameters).fetchone()
-    read = _reader(conn, columns, f"{rows} {order}", parameters)
+    count, parameters["until"] = conn.execute(f"SELECT count(*), max({key[0]}) {rows}", parameters).fetchone()
+    read = _reader(conn, columns, rows, key, parameters)
     return [Table(name, _columns(columns), time, count, read)] if count else []
 
 
 def _reader(
-    conn: sqlite3.Connection, columns: _Selected, rows: str, parameters: dict[str, object]
+    conn: sqlite3.Connection,
+    columns: _Selected,
+    rows: str,
+    key: tuple[str, ...],
+    parameters: dict[str, object],
 ) -> Callable[[], Iterator[Row]]:
+    """`key` tells rows apart and orders them, the time, which is bound as `:since`, first."""
     expressions = ", ".join(expression for _, expression in columns if expression)
+    payloads = _DENSITIES in columns
+    by = ", ".join(key)
+    last = [f":last_{place}" for place in range(len(key))]
+    behind = f"AND ({by}) > ({', '.join(last)})"
+    limit = min(PAGE_ROWS, _PAGE_PAYLOADS) if payloads else PAGE_ROWS
 
     def read() -> Iterator[Row]:
-        found = conn.execute(f"SELECT {expressions} {rows}", parameters)
-        if _DENSITIES not in columns:
-            yield from found
-        for *row, body in found:
-            yield (*row, None if body is None else decompress(body).decode(errors="replace"))
+        more: dict[str, object] = {}
+        while True:
+            page = conn.execute(
+                f"SELECT {expressions}, {by} {rows} {behind if more else ''} ORDER BY {by} LIMIT {limit}",
+                {**parameters, **more},
+            ).fetchall()
+            for row in page:
+                values = row[: -len(key)]
+                yield (*values[:-1], _whole(values)) if payloads else values
+            if len(page) < limit:
+                return
+            reached = page[-1][-len(key) :]
+            more = {"since": reached[0], **{f"last_{place}": value for place, value in enumerate(reached)}}
 
     return read
+
+
+def _whole(row: Row) -> str | None:
+    """The answer in a row's last column, as it was sent."""
+    body = row[-1]
+    try:
+        return None if body is None else decompress(body).decode(errors="replace")
+    except (zstandard.ZstdError, ValueError, IndexError) as error:
+        what = f"the stored answer of {row[5]} in {row[0]} is damaged ({error})"
+        raise StorageError(f"{what}; restore the database from a backup") from error
 
 
 def _columns(columns: _Selected) -> tuple[Column, ...]:
