@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import orjson
 import structlog
-from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest
 
 from condor_lite.clock import Clock
 from condor_lite.game.entities import AnswerStatus, Model, Round
@@ -60,7 +59,7 @@ class OpenRound:
     """A round between its time and its deadline. `asked` and `outcomes` are by `model_no`."""
 
     round: Round
-    request: CallRequest
+    request: bytes
     deadline_s: float
     max_answer_bytes: int
     asked: set[int] = field(default_factory=set)
@@ -106,7 +105,7 @@ class Participant:
 class Tick:
     """New points, encoded once for every model that is at the same watermark."""
 
-    request: CallRequest
+    request: bytes
     watermark: Watermark
 
 
@@ -143,13 +142,13 @@ class Ticks:
         async with self._history_lock:
             newest = self._newest(until_s)
             if self._history is None or self._history[0] != newest:
-                data = await asyncio.to_thread(_encode, self._book.history(max(newest)))
-                self._history = (newest, Tick(tick_request(data), newest))
+                request = await asyncio.to_thread(_encode, self._book.history(max(newest)))
+                self._history = (newest, Tick(request, newest))
             return self._history[1]
 
 
 def _encode(history: Mapping[str, tuple[Times, Prices]]) -> bytes:
-    """`{asset: [[timestamp, price], ...]}` as JSON, in pieces: others go on only between two of them."""
+    """The history as a tick, its JSON made in pieces: others go on only between two of them."""
     assets = []
     for asset, (ts_s, price) in history.items():
         pieces = [
@@ -159,7 +158,7 @@ def _encode(history: Mapping[str, tuple[Times, Prices]]) -> bytes:
             for at in range(0, len(ts_s), _PIECE)
         ]
         assets.append(orjson.dumps(asset) + b":[" + b",".join(pieces) + b"]")
-    return b"{" + b",".join(assets) + b"}"
+    return tick_request(b"{" + b",".join(assets) + b"}")
 
 
 class HistoryGate:
@@ -338,7 +337,7 @@ class Lane:
             self.participant.last_error = f"tick: {reply.detail}"
         return reply
 
-    async def _call(self, request: CallRequest, timeout_s: float, open_round: OpenRound | None) -> Reply:
+    async def _call(self, request: bytes, timeout_s: float, open_round: OpenRound | None) -> Reply:
         """Call the model, waiting in line where it is still busy with a call that timed out."""
         floor = self._floor
         loop = asyncio.get_running_loop()

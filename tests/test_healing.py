@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import websockets
-from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest
 
 from condor_lite.models.runner import Connection, Reply
 from tests import fleet
@@ -181,11 +180,11 @@ MONTH = CONFIG.replace('assets = ["BTC", "ETH"]', 'assets = ["BTC", "ETH", "SOL"
 async def test_twenty_newcomers_share_one_encoded_month_and_cost_nobody_a_tick_or_a_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent: dict[str, list[CallRequest]] = {}
+    sent: dict[str, list[bytes]] = {}
     ask = Connection.ask
 
-    async def noted(self: Connection, request: CallRequest, timeout_s: float) -> Reply:
-        if request.methodName == "tick" and request.ByteSize() > MIB:
+    async def noted(self: Connection, request: bytes, timeout_s: float) -> Reply:
+        if len(request) > MIB:
             sent.setdefault(self.deployment_id, []).append(request)
         return await ask(self, request, timeout_s)
 

@@ -65,7 +65,8 @@ class Metrics:
             return Histogram(PREFIX + name, doc, registry=registry, buckets=buckets)
 
         self._rounds = counter("rounds", "Rounds that came to a status.", (*_SETTING, "status"))
-        self._answers = counter("answers", "Answers stored, or missing (ABSENT).", ("status",))
+        answers = counter("answers", "Answers stored, or missing (ABSENT).", ("status",))
+        self._answers = {status: answers.labels(status) for status in AnswerStatus}
         self._invalid = counter("answers_invalid", "Stored answers of status SUCCESS that became FAILED.")
         self._answer_s = histogram("answer_seconds", "How long models took for their answers.", _ANSWER_S)
         self._stored_s = histogram(
@@ -78,8 +79,6 @@ class Metrics:
             labels = (setting.asset, horizon_label(setting.horizon_s), horizon_label(setting.step_s))
             for status in RoundStatus:
                 self._rounds.labels(*labels, status)
-        for answer_status in AnswerStatus:
-            self._answers.labels(answer_status)
         ProcessCollector(registry=registry)
         self._listen()
 
@@ -102,10 +101,10 @@ class Metrics:
 
     def _closed(self, it: RoundClosed) -> None:
         self._count([it.round])
-        self._answers.labels(AnswerStatus.ABSENT).inc(it.round.absent)
+        self._answers[AnswerStatus.ABSENT].inc(it.round.absent)
 
     def _stored(self, it: AnswerStored) -> None:
-        self._answers.labels(it.status).inc()
+        self._answers[it.status].inc()
         self._stored_s.observe(it.after_s)
         if it.status is AnswerStatus.SUCCESS:
             self._answer_s.observe(it.exec_time_us / 1e6)

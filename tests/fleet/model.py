@@ -138,6 +138,7 @@ class ModelServer:
             ("grpc.max_receive_message_length", 64 * 2**20),
             ("grpc.max_send_message_length", 64 * 2**20),
             ("grpc.so_reuseport", 0),
+            ("grpc.http2.bdp_probe", 0),  # a fleet of a thousand shares the machine with who asks it
         ]
         self._server = grpc.aio.server(options=options, compression=self.compression)
         methods = {
