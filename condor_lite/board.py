@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -14,12 +14,13 @@ import structlog
 from condor_lite.clock import Clock
 from condor_lite.config import Config
 from condor_lite.game.calibration import BriefSums, RoundCalibration, brief_rows
-from condor_lite.game.entities import Leaderboard, Model, Round, RoundScores, RuleInfo, Window
+from condor_lite.game.entities import Leaderboard, Model, Round, RoundScores, RuleInfo, Setting, Window
 from condor_lite.game.leaderboard import is_gone, reference_benchmark
-from condor_lite.game.windows import HOUR_S, WindowSums, window_start_s
+from condor_lite.game.windows import HOUR_S, SLOTS, HourSums, WindowSums, window_start_s
 from condor_lite.storage import repositories, rescores, scores
 from condor_lite.storage.calibration import load_brief_rows
 from condor_lite.storage.database import Database
+from condor_lite.storage.hours import hours_to_sum, load_hours, save_hours
 
 log = structlog.get_logger()
 
@@ -47,6 +48,8 @@ class Board:
         self._sums: WindowSums | None = None
         self._mixture: tuple[tuple[int, ...], int] | None = None
         self._calibration = BriefSums(config.game.settings)
+        self._kept: dict[tuple[Setting, int], int] = {}  # rounds in what is stored of a setting and hour
+        self._kept_until: int | None = None
         self._leaderboard: Leaderboard | None = None
         self._leader: int | None = None
         self._shown: tuple[float, object] | None = None
@@ -85,10 +88,9 @@ class Board:
         now_s = self._clock.now()
         await self.load_models()
         benchmark = reference_benchmark(self.models, now_s)
-        if self._sums is None or self._sums.benchmark != benchmark:
-            if self._sums is None:
-                self._calibration = await self._calibrated(now_s)
-            self._sums = await self._summed(benchmark, now_s)
+        sums = self._sums
+        if sums is None or sums.benchmark != benchmark:
+            sums = self._sums = await self._rebuild(benchmark, now_s)
             changed = True
         models = [(model.model_no, model.info, is_gone(model, now_s)) for model in self.models]
         shown = (now_s // HOUR_S, models)
@@ -96,9 +98,7 @@ class Board:
         if changed or shown != self._shown or snapshot != self._snapshot:
             most = self._config.game.max_models_per_player
             briefs = await asyncio.to_thread(self._calibration.briefs, now_s)
-            self._leaderboard = await asyncio.to_thread(
-                self._sums.leaderboard, now_s, self.models, most, briefs
-            )
+            self._leaderboard = await asyncio.to_thread(sums.leaderboard, now_s, self.models, most, briefs)
             if self._mixture is None or (any(self._mixture) and self._shown and self._shown[0] != shown[0]):
                 # New rounds are all of this version: only time can change it, and only towards nothing.
                 since_s = window_start_s(Window.ANCHOR, now_s)
@@ -111,24 +111,46 @@ class Board:
                 await self._db.write(scores.save_leaderboard, self._leaderboard, True)
             self._snapshot = snapshot
 
-    async def _summed(self, benchmark: int | None, now_s: float) -> WindowSums:
-        """The sums of all that is stored."""
-        sums = WindowSums(
-            self._config.game.settings, self._info, scorer_version=self._version, benchmark=benchmark
-        )
+    async def keep(self) -> None:
+        """Store the sums of the hours that have passed, where rounds have come to them."""
+        hour = int(self._clock.now()) // HOUR_S
+        if self._sums is None or hour == self._kept_until:
+            return
+        sums = self._sums
+        for past in range(hour - Window.ANCHOR.hours, hour):
+            found = {setting: sums.rounds(setting, past) for setting in self._config.game.settings}
+            new = [one for one, rounds in found.items() if rounds and rounds != self._kept.get((one, past))]
+            if new:
+                made = await asyncio.to_thread(_taken, sums, self._calibration, new, past)
+                await self._db.write(save_hours, self._version, sums.benchmark, made)
+                self._kept.update({(setting, past): found[setting] for setting in new})
+        self._kept = {place: rounds for place, rounds in self._kept.items() if place[1] >= hour - SLOTS}
+        self._kept_until = hour
+
+    async def _rebuild(self, benchmark: int | None, now_s: float) -> WindowSums:
+        """Make the sums of all that is stored: kept ones of whole hours, the others from their rows."""
+        settings = self._config.game.settings
+        sums = WindowSums(settings, self._info, scorer_version=self._version, benchmark=benchmark)
+        calibration = BriefSums(settings)
         since_s = window_start_s(Window.ANCHOR, now_s)
+        missing = await self._db.read(hours_to_sum, self._version, benchmark, settings, since_s)
+        if missing:
+            await self._add_briefs(calibration, min(missing))
+        self._calibration, self._kept, self._kept_until = calibration, {}, None
         while since_s <= now_s:  # by the hour: a week of a large game is millions of rows
-            until_s = since_s + HOUR_S
-            rows = await self._db.read(scores.load_window_rows, self._version, since_s, until_s)
-            await asyncio.to_thread(sums.load, rows)
-            since_s = until_s
+            if since_s in missing:
+                rows = await self._db.read(scores.load_window_rows, self._version, since_s, since_s + HOUR_S)
+                await asyncio.to_thread(sums.load, rows)
+            else:
+                hours = await self._db.read(load_hours, self._version, settings, since_s)
+                await asyncio.to_thread(_put, sums, calibration, hours)
+                self._kept.update({(hour.setting, hour.hour): hour.rounds for hour in hours})
+            since_s += HOUR_S
         return sums
 
-    async def _calibrated(self, now_s: float) -> BriefSums:
-        """The calibration of all that is stored; it does not depend on the benchmark."""
-        sums = BriefSums(self._config.game.settings)
+    async def _add_briefs(self, sums: BriefSums, since_s: float) -> None:
+        """Add the calibration that is stored from then on; it does not depend on the benchmark."""
         numbers = [model.model_no for model in self.models]
-        since_s = window_start_s(Window.ANCHOR, now_s)
         for setting in self._config.game.settings:
             for at in range(0, len(numbers), _MODELS):
                 some = numbers[at : at + _MODELS]
@@ -136,7 +158,6 @@ class Board:
                     load_brief_rows, self._version, setting, (some[0], some[-1]), since_s
                 )
                 await asyncio.to_thread(sums.add, briefs)
-        return sums
 
     def tell_leader(self) -> None:
         standings = self._leaderboard.standings if self._leaderboard else ()
@@ -146,3 +167,15 @@ class Board:
             anchor = first.overall.anchor
             score = None if anchor is None else round(anchor, 2)
             log.info("leader", model=first.model.info.model_name, score=score)
+
+
+def _put(sums: WindowSums, calibration: BriefSums, hours: Iterable[HourSums]) -> None:
+    for hour in hours:
+        sums.put(hour)
+        calibration.put(hour.setting.key, hour.hour, hour.model_no, hour.briefs)
+
+
+def _taken(
+    sums: WindowSums, calibration: BriefSums, settings: Iterable[Setting], hour: int
+) -> list[HourSums]:
+    return [sums.of_hour(setting, hour, calibration) for setting in settings]

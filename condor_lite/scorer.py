@@ -114,6 +114,7 @@ class Scorer:
             await self._validate(done)
             pending_s = await self._settle(done)
             await self.board.publish(changed=bool(done))
+            await self.board.keep()
         except BaseException:
             self.board.distrust()
             raise

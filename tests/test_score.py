@@ -16,6 +16,7 @@ import pytest
 
 from condor_lite import config as configuration
 from condor_lite import scorer
+from condor_lite.board import Board
 from condor_lite.clock import SteppedClock
 from condor_lite.config import Config
 from condor_lite.errors import StorageUnavailable
@@ -31,9 +32,10 @@ from condor_lite.game.entities import (
     Window,
 )
 from condor_lite.game.outcome import Series, realise
-from condor_lite.game.scoring import Rules, score
+from condor_lite.game.scoring import Rules, load_rule, score
+from condor_lite.game.windows import HourSums, WindowRows
 from condor_lite.score import ScoreLoop
-from condor_lite.storage import repositories
+from condor_lite.storage import repositories, scores
 from condor_lite.storage.database import Database
 from tests.rules import GUILTY
 
@@ -353,6 +355,71 @@ async def test_the_windows_after_a_restart_equal_those_that_ran_on(tmp_path: Pat
             assert before.skill.of(window) == pytest.approx(after.skill.of(window), rel=1e-9, abs=1e-9)
     assert [at_s for (at_s,) in snapshots] == list(range(START_S + 900, START_S + 4 * 3600 + 1, 900))
     assert ranks == [(len(snapshots) * len(SPREADS),)]
+
+
+async def test_kept_hours_equal_those_summed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[float] = []
+    load = scores.load_window_rows
+
+    def load_noted(conn: sqlite3.Connection, version: int, since_s: float, until_s: float) -> WindowRows:
+        read.append(since_s)
+        return load(conn, version, since_s, until_s)
+
+    monkeypatch.setattr(scores, "load_window_rows", load_noted)
+
+    async def sums_anew() -> dict[tuple[str, int], HourSums]:
+        read.clear()
+        board = Board(game.config, game.clock, game.db, load_rule("crps"), 1, lambda _: None)
+        await board.publish(changed=True)
+        sums, calibration = board._sums, board._calibration
+        assert sums is not None
+        return {
+            (setting.key, hour): sums.of_hour(setting, hour, calibration)
+            for setting in game.config.game.settings
+            for hour in range(START_S // 3600, int(game.clock.now()) // 3600 + 1)
+        }
+
+    def assert_same(some: dict[tuple[str, int], HourSums], others: dict[tuple[str, int], HourSums]) -> None:
+        for place, one in some.items():
+            other = others[place]
+            assert one.rounds == other.rounds
+            one_order, other_order = np.argsort(one.model_no), np.argsort(other.model_no)
+            for left, right in (
+                (one.model_no[one_order], other.model_no[other_order]),
+                (one.sums[:, 0], other.sums[:, 0]),
+                (one.sums[:, 1:][:, one_order], other.sums[:, 1:][:, other_order]),
+            ):
+                np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-12)
+            briefs = one.briefs[:, one_order], other.briefs[:, other_order]
+            np.testing.assert_allclose(*briefs, rtol=1e-6)
+
+    async with playing(tmp_path) as game:
+        async with game.running():
+            for at_s in range(START_S, START_S + 3 * 3600, 600):
+                await game.round(at_s, ("BTC", "ETH")[at_s // 600 % 2])
+                await game.prices(at_s, at_s + 600)
+                await game.clock.run_until(at_s + 600)
+        kept = await sums_anew()
+        assert read == [], "every hour with a round has passed"
+        old = await game.rows("SELECT * FROM hour_sum")
+        await game.round(START_S + 300)  # is scored late, in an hour that was kept
+        await game.another_loop().finish()
+        assert_same(after := await sums_anew(), await sums_anew())
+        assert read == []
+
+        def restore(conn: sqlite3.Connection) -> None:
+            conn.execute("DELETE FROM hour_sum")
+            conn.executemany(f"INSERT INTO hour_sum VALUES ({', '.join('?' * len(old[0]))})", old)
+
+        await game.db.write(restore)  # as if it had been killed before it kept the hour anew
+        assert_same(await sums_anew(), after)
+        assert read == [START_S // 3600 * 3600]
+        await game.db.write(lambda conn: conn.execute("DELETE FROM hour_sum") and None)
+        assert_same(await sums_anew(), after)
+        assert len(read) == 3
+    assert sum(one.rounds for one in kept.values()) == 18
+    assert sum(one.rounds for one in after.values()) == 19
+    assert all(one.briefs.any() for one in after.values() if one.rounds)
 
 
 async def test_an_error_in_one_round_delays_no_other_and_ends_as_a_void(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,6 +194,21 @@ class BriefSums:
         for kind, values in enumerate((rows.times, rows.segments, rows.inside_90, rows.pit)):
             np.add.at(self._sums[kind, setting], where, values[used].astype(np.float32))
 
+    def of_hour(self, setting_key: str, hour: int, model_no: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The sums of some models in an hour that is held: float32[4, models]."""
+        self._enter(hour)
+        columns = self._places(model_no)
+        return self._sums[:, self._settings[setting_key], hour % _SLOTS][:, columns]
+
+    def put(
+        self, setting_key: str, hour: int, model_no: NDArray[np.int64], sums: NDArray[np.float32]
+    ) -> None:
+        """Let an hour's sums be these, as `of_hour` gave them."""
+        self._enter(hour)
+        if hour > self._newest_hour - _SLOTS:
+            columns = self._places(model_no)
+            self._sums[:, self._settings[setting_key], hour % _SLOTS][:, columns] = sums
+
     def briefs(self, now_s: float) -> dict[int, Brief]:
         """By `model_no`, over all settings; of those that one setting has enough distinct times of."""
         self._enter(int(now_s) // 3600)
@@ -213,6 +229,8 @@ class BriefSums:
         self._newest_hour = max(self._newest_hour, hour)
 
     def _places(self, model_no: NDArray[np.int64]) -> Ints:
+        with suppress(KeyError):  # mostly they are known
+            return np.array([self._columns[no] for no in model_no.tolist()], dtype=np.intp)
         distinct, of_model = np.unique(model_no, return_inverse=True)
         wanted = dict.fromkeys(distinct.tolist(), 0)
         if len(self._columns | wanted) > self._sums.shape[-1]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from condor_lite.game.calibration import BriefSums
 from condor_lite.game.entities import Brief, Leaderboard, Model, RoundScores, RuleInfo, Setting, Window
 from condor_lite.game.leaderboard import WindowTable, rank
 from condor_lite.game.rounds import gain
@@ -55,6 +57,25 @@ class WindowRows:
     model_no: ArrayLike
     raw: ArrayLike | Sequence[float | None]
     counted: ArrayLike
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HourSums:
+    """One setting's sums of an hour, as they are kept: float64[len(Sum), 1 + models], the game's own first.
+
+    `briefs`: float32[4, models], the same models' in `BriefSums`.
+    """
+
+    setting: Setting
+    hour: int  # hours since the epoch
+    model_no: NDArray[np.int64]
+    sums: NDArray[np.float64]
+    briefs: NDArray[np.float32]
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds the game scored."""
+        return int(self.sums[Sum.ROUNDS, GAME])
 
 
 def window_start_s(window: Window, now_s: float) -> int:
@@ -143,6 +164,30 @@ class WindowSums:
             benchmark=model_no == self.benchmark,
         )
 
+    def rounds(self, setting: Setting, hour: int) -> int:
+        """How many rounds are in the sums of an hour that is held."""
+        return int(self._sums[Sum.ROUNDS, self._by_key[setting.key], hour % SLOTS, GAME])
+
+    def of_hour(self, setting: Setting, hour: int, briefs: BriefSums) -> HourSums:
+        """The sums of an hour that is held, and those of `briefs`."""
+        sums = self._sums[:, self._by_key[setting.key], hour % SLOTS]
+        taking_part = {no: column for no, column in self._columns.items() if sums[Sum.ROUNDS, column]}
+        model_no = np.array(list(taking_part), np.int64)
+        return HourSums(
+            setting,
+            hour,
+            model_no,
+            sums[:, [GAME, *taking_part.values()]],
+            briefs.of_hour(setting.key, hour, model_no),
+        )
+
+    def put(self, kept: HourSums) -> None:
+        """Let an hour's sums be these, as `of_hour` gave them."""
+        self._enter(kept.hour)
+        if kept.hour > self._newest_hour - SLOTS:
+            columns = [GAME, *self._places(kept.model_no)]
+            self._sums[:, self._by_key[kept.setting.key], kept.hour % SLOTS][:, columns] = kept.sums
+
     def leaderboard(
         self,
         now_s: float,
@@ -209,6 +254,8 @@ class WindowSums:
 
     def _places(self, model_no: NDArray[np.int64]) -> NDArray[np.intp]:
         """The models' columns, new ones for new models."""
+        with suppress(KeyError):  # mostly they are known
+            return np.array([self._columns[no] for no in model_no.tolist()], dtype=np.intp)
         distinct, of_model = np.unique(model_no, return_inverse=True)
         wanted = dict.fromkeys(distinct.tolist(), 0)
         if 1 + len(self._columns | wanted) > self._sums.shape[-1]:

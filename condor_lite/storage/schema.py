@@ -200,4 +200,21 @@ MIGRATIONS: tuple[str, ...] = (
     # Nor here: the digits of a payload are compressed apart from the rest.
     """
     """,
+    # The leaderboard's sums of past hours: made from the scores, and made again where they differ from them.
+    # `benchmark`: the model that skill is measured against. `sums`: `models` numbers, then columns of doubles
+    # and floats (`hours.py`).
+    """
+    CREATE TABLE hour_sum (
+        hour_s         INTEGER NOT NULL,
+        scorer_version INTEGER NOT NULL REFERENCES scorer,
+        asset          TEXT NOT NULL,
+        horizon_s      INTEGER NOT NULL,
+        step_s         INTEGER NOT NULL,
+        rounds         INTEGER NOT NULL,
+        benchmark      INTEGER,
+        models         INTEGER NOT NULL,
+        sums           BLOB NOT NULL,
+        UNIQUE (hour_s, scorer_version, asset, horizon_s, step_s)
+    ) STRICT;
+    """,
 )

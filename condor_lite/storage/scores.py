@@ -18,6 +18,8 @@ from condor_lite.game.entities import Leaderboard, Round, RoundScores, Window
 from condor_lite.game.windows import WindowRows, window_start_s
 from condor_lite.storage.repositories import select_rounds
 
+_HOUR_WEIGHS = 50  # kept sums of an hour are as large as so many other rows
+
 # Settling
 
 
@@ -242,6 +244,7 @@ def prune(conn: sqlite3.Connection, now_s: float, keep: StorageConfig, limit: in
         _prune_prices(conn, now_s - keep.keep_prices_s, limit),
         _prune_charts(conn, now_s - keep.keep_snapshots_s, limit),
         _prune_calibration(conn, rounds_before_s, limit),
+        _prune_hours(conn, window_start_s(Window.ANCHOR, now_s), limit),
         _prune_deployments(conn, min(rounds_before_s, now_s - keep.keep_snapshots_s), limit),
     ):
         for rows in step:
@@ -315,6 +318,16 @@ def _prune_calibration(conn: sqlite3.Connection, before_s: float, limit: int) ->
         "WHERE hour_s < ? ORDER BY hour_s LIMIT ?)",
         (before_s, limit),
     ).rowcount
+
+
+def _prune_hours(conn: sqlite3.Connection, before_s: float, limit: int) -> Iterator[int]:
+    yield (
+        _HOUR_WEIGHS
+        * conn.execute(
+            "DELETE FROM hour_sum WHERE rowid IN (SELECT rowid FROM hour_sum WHERE hour_s < ? LIMIT ?)",
+            (before_s, limit // _HOUR_WEIGHS),
+        ).rowcount
+    )
 
 
 def _prune_deployments(conn: sqlite3.Connection, before_s: float, limit: int) -> Iterator[int]:
