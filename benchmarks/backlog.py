@@ -52,7 +52,7 @@ level = "error"
 def main() -> None:
     """Print predictions a second with one worker and with two, and the loop's delays meanwhile."""
     for name, leaves in (("mixtures of 3 normals", 3), ("single normals", 1)):
-        payloads = [_payload(np.random.default_rng(seed), leaves) for seed in range(200)]
+        payloads = [made_payload(np.random.default_rng(seed), leaves) for seed in range(200)]
         started_s = time.perf_counter()
         for payload in payloads:
             orjson.loads(payload)
@@ -72,7 +72,7 @@ async def _measure(payloads: list[bytes], workers: int, parsing_s: float) -> flo
         config = configuration.load(path, {})
         configure(config.log)
         async with Database(config.storage.path) as db:
-            await _fill(db, payloads)
+            await fill(db, payloads)
             clock = SteppedClock(START_S + (ROUNDS + SEGMENTS + 10) * 60)
             loop = ScoreLoop(config, clock, db, lambda _: None)
             spare_the_loop()
@@ -120,15 +120,15 @@ async def _beat(delays: list[float]) -> None:
         delays.append(time.perf_counter() - due_s)
 
 
-async def _fill(db: Database, payloads: list[bytes]) -> None:
-    """Closed rounds, each a minute after the other, answered by all; prices of every minute."""
+async def fill(db: Database, payloads: list[bytes]) -> list[Model]:
+    """Closed rounds, a minute apart, answered by all, and prices for an hour more. Returns the models."""
     models: list[Model] = [
         await db.write(
             repositories.upsert_model, ModelInfo(f"m{no}", f"model {no}", f"p{no}", f"p{no}", "1"), START_S
         )
         for no in range(MODELS)
     ]
-    moves = np.random.default_rng(1).normal(0, 5e-4, ROUNDS + SEGMENTS + 20)
+    moves = np.random.default_rng(1).normal(0, 5e-4, ROUNDS + SEGMENTS + 80)
     prices = 100 * np.exp(np.cumsum(moves))
     points = [(START_S + 60 * (at - 5), float(price)) for at, price in enumerate(prices)]
     await db.write(repositories.add_prices, "BTC", points, "made up", 0)
@@ -136,15 +136,20 @@ async def _fill(db: Database, payloads: list[bytes]) -> None:
         at_s = START_S + 60 * at
         (no,) = await db.write(repositories.open_rounds, [Round("BTC", 60 * SEGMENTS, 60, at_s)])
         assert no is not None
-        answers = [
-            Answer(no, model.model_no, AnswerStatus.SUCCESS, at_s * 1000, 1, None, payloads[place % 200])
-            for place, model in enumerate(models, start=at)
-        ]
-        await db.write(repositories.add_answers, answers)
+        await db.write(repositories.add_answers, answers(no, models, payloads, at_s))
         await db.write(repositories.close_round, no, RoundStatus.CLOSED, None, ())
+    return models
 
 
-def _payload(rng: np.random.Generator, leaves: int) -> bytes:
+def answers(round_no: int, models: list[Model], payloads: list[bytes], at_s: int) -> list[Answer]:
+    """All models' answers in a round; other ones in the next."""
+    return [
+        Answer(round_no, model.model_no, AnswerStatus.SUCCESS, at_s * 1000, 1, None, payloads[place % 200])
+        for place, model in enumerate(models, start=at_s // 60)
+    ]
+
+
+def made_payload(rng: np.random.Generator, leaves: int) -> bytes:
     def density() -> dict[str, object]:
         parts = [
             {
