@@ -14,9 +14,9 @@ import orjson
 from condor_lite.config import Config
 from condor_lite.errors import CondorError
 from condor_lite.game.density import decode
-from condor_lite.game.entities import AnswerStatus, Round, RoundStatus, Setting
+from condor_lite.game.entities import AnswerStatus, Round, RoundStatus
 from condor_lite.game.outcome import BASIS_POINTS, Realised, realise
-from condor_lite.game.scoring import Rules, score
+from condor_lite.game.scoring import Rules, SegmentScores, score
 from condor_lite.score import configured_rules
 from condor_lite.storage.evidence import (
     AnswerEvidence,
@@ -62,6 +62,18 @@ class RoundExplanation:
 
 
 @dataclass(frozen=True, slots=True)
+class Evidence:
+    """What one score is computed from. `sources`: the names that `realised.boundary_source` numbers."""
+
+    round: Round
+    result: Result
+    answer: AnswerEvidence
+    rules: Rules
+    realised: Realised
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """One answer and its score. Lists are by segment, `prices` (time in epoch seconds, price) by end point.
 
@@ -103,9 +115,18 @@ def explain_round(conn: sqlite3.Connection, round_id: str, version: int | None =
 def explain(
     conn: sqlite3.Connection, config: Config, round_id: str, model_id: str, version: int | None = None
 ) -> Explanation:
-    """One model's score in one round, the one that counts or one scorer's.
+    """One model's score in one round, the one that counts or one scorer's, computed anew here and now.
 
-    It takes up to `scoring.time_limit`: not for an event loop.
+    Raises NotExplained as `gather` does.
+    """
+    evidence = gather(conn, config, round_id, model_id, version)
+    return conclude(evidence, obstacle(evidence, config) or _scores(evidence))
+
+
+def gather(
+    conn: sqlite3.Connection, config: Config, round_id: str, model_id: str, version: int | None = None
+) -> Evidence:
+    """All that is stored about one model's score in one round.
 
     Raises NotExplained where the round is unknown or not scored (until then its answers are secret), or where
     the model was not part of it.
@@ -117,13 +138,46 @@ def explain(
         if knows_model(conn, model_id):
             raise NotExplained("this model was neither asked in the round nor missed in it")
         raise NotExplained("no model with this id has ever taken part")
-    answer = answers[0]
     rules = rules_of(config, result.rule, result.target, result.rules)
     realised, sources = _realised(conn, held, rules)
-    segments, reason = _segment_scores(config, held.setting, rules, answer, realised)
+    return Evidence(held, result, answers[0], rules, realised, sources)
+
+
+def obstacle(evidence: Evidence, config: Config) -> str | None:
+    """Why the score can't be computed anew, None where it can be tried."""
+    answer = evidence.answer
+    if answer.status is not AnswerStatus.SUCCESS:
+        return answer.detail or SILENCE[answer.status]
+    if answer.payload is None:
+        days = config.storage.keep_payloads_s / 86400
+        return f"the answer itself is not stored any more: answers are kept for {days:g} days"
+    if answer.raw is None:
+        return answer.detail or "the answer could not be scored"
+    if evidence.realised.void_reason is not None:
+        return "the prices of the round are not stored any more"
+    return None
+
+
+def failed(reason: object) -> str:
+    return f"the score can't be computed anew: {reason}"
+
+
+def conclude(evidence: Evidence, scores: SegmentScores | str) -> Explanation:
+    """`scores`: computed anew from the evidence, or why they are not."""
+    answer, realised = evidence.answer, evidence.realised
+    segments, reason = None, None
+    if isinstance(scores, str):
+        reason = scores
+    else:
+        segments = _numbers(scores.values)
+        if answer.raw is None or not math.isclose(scores.raw, answer.raw, rel_tol=_SAME, abs_tol=1e-12):
+            reason = (
+                f"computed anew the raw score is {scores.raw:.9g}, not the stored one: prices are gone, or "
+                "the scoring rules have changed since"
+            )
     return Explanation(
-        round=held,
-        result=result,
+        round=evidence.round,
+        result=evidence.result,
         answer=answer,
         reason=reason,
         densities=answer.payload if answer.payload is not None and _is_json(answer.payload) else None,
@@ -131,8 +185,8 @@ def explain(
             zip(realised.boundary_ts_s.tolist(), _numbers(realised.boundary_price), strict=True),
         ),
         increments=_numbers(realised.increments),
-        unresolved=list(_unresolved(realised, sources)),
-        segment_scores=None if segments is None else _numbers(segments),
+        unresolved=list(_unresolved(realised, evidence.sources)),
+        segment_scores=segments,
     )
 
 
@@ -180,34 +234,18 @@ def _unresolved(realised: Realised, sources: tuple[str, ...]) -> Iterator[str | 
             yield "there is no fresh price at both its ends"
 
 
-def _segment_scores(
-    config: Config, setting: Setting, rules: Rules, answer: AnswerEvidence, realised: Realised
-) -> tuple[npt.NDArray[np.float64] | None, str | None]:
-    """The scores by segment, and a reason where there are none or they are not what was stored."""
-    if answer.status is not AnswerStatus.SUCCESS:
-        return None, answer.detail or SILENCE[answer.status]
-    if answer.payload is None:
-        days = config.storage.keep_payloads_s / 86400
-        return None, f"the answer itself is not stored any more: answers are kept for {days:g} days"
-    if answer.raw is None:
-        return None, answer.detail or "the answer could not be scored"
-    if realised.void_reason is not None:
-        return None, "the prices of the round are not stored any more"
+def _scores(evidence: Evidence) -> SegmentScores | str:
+    rules, realised, payload = evidence.rules, evidence.realised, evidence.answer.payload
+    assert payload is not None
+    scale_unit = BASIS_POINTS / realised.unit
     try:
         densities = decode(
-            answer.payload, setting, rules.limits, rule=rules.rule, scale_unit=BASIS_POINTS / realised.unit
+            payload, evidence.round.setting, rules.limits, rule=rules.rule, scale_unit=scale_unit
         )
         (scores,) = score([(densities, realised)], rules)
     except CondorError as error:
-        return None, f"the score can't be computed anew: {error}"
-    if scores.error is not None:
-        return None, f"the score can't be computed anew: {scores.error}"
-    if not math.isclose(scores.raw, answer.raw, rel_tol=_SAME, abs_tol=1e-12):
-        return scores.values, (
-            f"computed anew the raw score is {scores.raw:.9g}, not the stored one: prices are gone, or "
-            "the scoring rules have changed since"
-        )
-    return scores.values, None
+        return failed(error)
+    return scores if scores.error is None else failed(scores.error)
 
 
 def rules_of(config: Config, rule: str, target: str, stored: Rules | None) -> Rules:

@@ -32,7 +32,7 @@ import structlog
 from condor_lite import worker
 from condor_lite.errors import CondorError, StartError
 from condor_lite.game.calibration import WIDTH
-from condor_lite.game.scoring import Rules
+from condor_lite.game.scoring import Rules, SegmentScores
 from condor_lite.storage.compression import whole_bytes
 from condor_lite.worker import Outcome, ScoringItem, ValidationItem
 
@@ -115,6 +115,7 @@ class _Work(Generic[Item]):
     items: Sequence[Item]
     raw: npt.NDArray[np.float64]
     calibration: npt.NDArray[np.float64]
+    segments: SegmentScores | None = None
     reasons: dict[int, str] = field(default_factory=dict)
     todo: deque[int] = field(default_factory=deque)
     suspects: deque[list[int]] = field(default_factory=deque)
@@ -122,6 +123,7 @@ class _Work(Generic[Item]):
     def record(self, indices: list[int], outcome: Outcome) -> None:
         self.raw[indices] = outcome.raw
         self.calibration[indices] = outcome.calibration
+        self.segments = outcome.segments
         self.reasons.update((indices[at], reason) for at, reason in outcome.reasons.items())
 
 
@@ -187,6 +189,11 @@ class ScoringPool:
         """
         work = await self._run(worker.run_scoring, items)
         return work.raw, work.calibration, work.reasons
+
+    async def explain(self, item: ScoringItem) -> SegmentScores | str:
+        """What one answer's score is made of, or the reason why it has none."""
+        work = await self._run(worker.run_explanation, [item])
+        return work.segments or work.reasons[0]
 
     async def _start_problem(self) -> str | None:
         """What keeps the first worker from scoring. It starts here: the first batch need not wait for it."""

@@ -28,7 +28,7 @@ from condor_lite.errors import InvalidAnswer
 from condor_lite.game.calibration import WIDTH
 from condor_lite.game.density import Densities, decode
 from condor_lite.game.entities import Setting
-from condor_lite.game.scoring import Realised, Rules, load_rule, score
+from condor_lite.game.scoring import Realised, Rules, SegmentScores, load_rule, score
 from condor_lite.storage.compression import decompress
 
 T = TypeVar("T")
@@ -79,13 +79,15 @@ class ScoringItem:
 class Outcome:
     """What became of a batch: `raw[k]` is NaN where item k was only validated, or has a reason.
 
-    `calibration[k]` are the sums of `game.calibration`, zeros there.
+    `calibration[k]` are the sums of `game.calibration`, zeros there. `segments`: where they were asked for,
+    the scores of the segments of a single item that has no reason.
     """
 
     raw: npt.NDArray[np.float64]
     calibration: npt.NDArray[np.float64]
     reasons: dict[int, str]
     spent_s: float
+    segments: SegmentScores | None = None
 
 
 def batch_limit_s(time_limit_s: float, answers: int) -> float:
@@ -157,6 +159,14 @@ class Worker:
             except _Failed as failure:
                 reasons[at] = str(failure)
         return raw, calibration, reasons
+
+    def explain(self, slot: int, item: ScoringItem) -> SegmentScores:
+        """Raises _Failed."""
+        densities = self._limited(slot, 0, partial(self._decode, item))
+        (scores,) = self._limited(slot, 0, partial(score, [(densities, item.realised)], self._rules))
+        if scores.error is not None:
+            raise _Failed(scores.error[:_REASON_CHARS])
+        return scores
 
     def _decode(self, item: ValidationItem | ScoringItem) -> Densities:
         rule = self._rules.rule
@@ -258,6 +268,18 @@ def run_scoring(slot: int, items: Sequence[ScoringItem], careful: bool) -> Outco
     raw, calibration, reasons = worker.score(slot, items, careful)
     worker.note(slot, FINISHED)
     return Outcome(raw, calibration, reasons, time.monotonic() - started_s)
+
+
+def run_explanation(slot: int, items: Sequence[ScoringItem], careful: bool) -> Outcome:
+    """Score a single answer, with what its score is made of."""
+    worker, started_s = _ready()
+    reasons, segments = {}, None
+    try:
+        segments = worker.explain(slot, *items)
+    except _Failed as failure:
+        reasons[0] = str(failure)
+    worker.note(slot, FINISHED)
+    return Outcome(*_nothing(1), reasons, time.monotonic() - started_s, segments)
 
 
 def _nothing(items: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -7,6 +7,7 @@ import contextlib
 import math
 import re
 import socket
+import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -31,8 +32,7 @@ from condor_lite.explain import NotExplained, explain, explain_round, parse_roun
 from condor_lite.game.entities import (
     RoundStatus,
 )
-from condor_lite.report import game as games
-from condor_lite.report import server
+from condor_lite.report import explanation, server
 from condor_lite.report.answers import horizon_label, moment, naive_moment
 from condor_lite.report.api import ENDPOINTS, create_app
 from condor_lite.report.connections import SECURITY_HEADERS
@@ -41,7 +41,9 @@ from condor_lite.report.failures import prefers_html
 from condor_lite.report.params import read_moment
 from condor_lite.report.replies import JSON, encode_rows
 from condor_lite.storage import database, repositories
+from condor_lite.storage.compression import compress
 from condor_lite.storage.database import open_read_only
+from tests.rules import GUILTY
 from tests.served import (
     ALPHA,
     BTC_ROUND,
@@ -408,6 +410,30 @@ async def test_a_rejected_answer_is_explained_too(game: Game) -> None:
     assert body["segment_scores"] is None
     assert body["raw_score"] is None
     assert body["score"] < 0
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [("loops", "takes longer than 1 s to score"), ("dies", "ended the process that scored it")],
+)
+async def test_an_answer_that_can_t_be_scored_again_holds_nobody_up(
+    tmp_path: Path, harm: str, says: str
+) -> None:
+    harmful = orjson.dumps([{"type": "builtin", "name": "norm", "params": {"loc": GUILTY, "scale": 1}}] * 6)
+
+    def change(conn: sqlite3.Connection) -> None:
+        conn.execute("UPDATE payload SET body = ?", (compress(harmful),))
+        conn.execute("UPDATE scorer SET rule = ?, rules = NULL", (f"tests.rules:{harm}",))
+
+    async with serve(tmp_path, '[scoring]\ntime_limit = "1s"') as game:
+        await play(game)
+        await game.db.write(change)
+        body = await game.get(f"/rounds/{BTC_ROUND}/predictions/1")
+
+    assert says in body["reason"]
+    assert body["densities"] == orjson.loads(harmful)
+    assert body["segment_scores"] is None
+    assert body["raw_score"] > 0
 
 
 @pytest.mark.parametrize(
@@ -878,6 +904,6 @@ async def test_what_is_remembered_is_bounded_and_made_by_one_request(tmp_path: P
 async def test_an_explanation_has_a_time_limit(game: Game, monkeypatch: pytest.MonkeyPatch) -> None:
     path = f"/rounds/{BTC_ROUND}/predictions/1"
     await game.get(path)
-    monkeypatch.setattr(games, "QUERY_LIMIT_S", -1.0)
+    monkeypatch.setattr(explanation, "QUERY_LIMIT_S", -1.0)
     monkeypatch.setattr(database, "_STEPS_BETWEEN_CHECKS", 1)
     assert "was given up" in await game.error(path, 503)

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from condor_lite.errors import QueryTimeout, StorageError
-from condor_lite.report import answers, bundle, game, hub, ops, params
+from condor_lite.report import answers, bundle, explanation, game, hub, ops, params
 from condor_lite.report.context import Context, NotFound
 from condor_lite.report.events import EVENTS
 from condor_lite.report.failures import failure, prefers_html
@@ -72,8 +72,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/rounds", game.rounds, game.RoundsParams, list[answers.RoundRow], "game"),
     Endpoint(
         "/rounds/{round_id}/predictions/{model_id:path}",
-        game.prediction_detail,
-        game.PredictionParams,
+        explanation.prediction_detail,
+        explanation.PredictionParams,
         answers.PredictionDetail,
         "game",
     ),

@@ -61,6 +61,7 @@ class Context:
         """How long a leaderboard is promised to hold, on the wall."""
         self._threads = asyncio.Semaphore(_THREADS)
         self._alone = asyncio.Semaphore(1)
+        self._process = asyncio.Semaphore(1)
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._ready: ReadyMade | None = None
         self._ready_for: Leaderboard | None = None
@@ -101,6 +102,10 @@ class Context:
         """The same for what may take seconds: one at a time, so that nothing else waits for it."""
         async with _turn(self._alone):
             return await anyio.to_thread.run_sync(work)
+
+    def process(self) -> AbstractAsyncContextManager[None]:
+        """For what needs a process of its own: one at a time. Raises Busy."""
+        return _turn(self._process)
 
     def large(self) -> AbstractAsyncContextManager[None]:
         """For answers of thousands of rows, from the query to the body, and those that nobody else will ask

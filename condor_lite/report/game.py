@@ -1,4 +1,4 @@
-"""Family 2: the game's own endpoints: leaderboard, models, statistics, rounds, and one score explained."""
+"""Family 2: the game's own endpoints: leaderboard, models, statistics and rounds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
 from sqlite3 import Row
 
-import orjson
-
-from condor_lite.explain import Explanation, NotExplained, RoundKey, explain, parse_round_id
+from condor_lite.explain import RoundKey, parse_round_id
 from condor_lite.game.entities import RoundStatus, Setting, Standing, Window, WindowScores
 from condor_lite.report import params
 from condor_lite.report.answers import (
@@ -20,7 +18,6 @@ from condor_lite.report.answers import (
     LeaderboardRow,
     ModelMetrics,
     OverallScores,
-    PredictionDetail,
     RecentPrediction,
     RoundDetail,
     RoundPrediction,
@@ -42,7 +39,6 @@ from condor_lite.report.ready import (
 )
 from condor_lite.report.replies import Reply, pack
 from condor_lite.storage import queries
-from condor_lite.storage.database import QUERY_LIMIT_S, reading
 
 CSV = "text/csv; charset=utf-8"
 
@@ -220,30 +216,6 @@ async def round_detail(context: Context, sent: RoundParams) -> Reply:
     return await context.in_thread(work)
 
 
-@dataclass(frozen=True, slots=True)
-class PredictionParams:
-    round_id: str = field(metadata=params.path("such as BTC-3600-60-1700000000"))
-    model_id: str = field(metadata=params.path())
-    scorer_version: int | None = field(
-        default=None,
-        metadata=params.whole(1, 10**9, "as this scorer scored it; left out, the one that counts"),
-    )
-
-
-async def prediction_detail(context: Context, sent: PredictionParams) -> Reply:
-    """Everything one score is made of; only once its round is scored."""
-
-    def work() -> Reply:
-        with reading(context.live.config.storage.path, QUERY_LIMIT_S) as conn:
-            found = explain(conn, context.live.config, sent.round_id, sent.model_id, sent.scorer_version)
-        return pack(_prediction_detail(found), context.max_age_s)
-
-    try:
-        return await context.alone(work)
-    except NotExplained as error:
-        raise NotFound(str(error)) from None
-
-
 async def find_round(context: Context, round_id: str) -> Row:
     """Raises NotFound."""
     key: RoundKey | None = parse_round_id(round_id)
@@ -360,30 +332,4 @@ def _round_row(row: Row) -> RoundRow:
         failed=row["failed"],
         timed_out=row["timed_out"],
         absent=row["absent"],
-    )
-
-
-def _prediction_detail(found: Explanation) -> PredictionDetail:
-    answer, result = found.answer, found.result
-    return PredictionDetail(
-        round_id=found.round.round_id,
-        model_id=answer.model_id,
-        model_name=answer.model_name,
-        status=answer.status,
-        reason=found.reason,
-        rule=result.rule,
-        target=result.target,
-        scorer_version=result.scorer_version,
-        exec_time_us=answer.exec_time_us,
-        received_at=moment_of_ms(answer.received_at_ms),
-        densities=None if found.densities is None else orjson.Fragment(found.densities),
-        prices=found.prices,
-        increments=found.increments,
-        unresolved=found.unresolved,
-        segment_scores=found.segment_scores,
-        raw_score=answer.raw,
-        counted=answer.counted,
-        median=result.median,
-        no_move=result.no_move,
-        score=answer.score,
     )
