@@ -19,6 +19,7 @@ from tests.stage import CONFIG, START_S, Stage, staged, until
 pytestmark = pytest.mark.anyio
 
 MIB = 2**20
+PATIENT = CONFIG.replace('timeout = "2s"', 'timeout = "10s"')  # nobody here is slow but the machine
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ async def answered_all(stage: Stage, *models: ModelServer, since_s: float) -> No
 
 async def test_models_play_on_without_an_orchestrator_which_comes_back_with_others(tmp_path: Path) -> None:
     stays, goes, comes = ModelServer("stays"), ModelServer("goes"), ModelServer("comes")
-    async with staged(tmp_path) as stage:
+    async with staged(tmp_path, PATIENT) as stage:
         await stage.join(stays, goes)
         await stage.orchestrator.stop()
         await until(lambda: not stage.predict.fleet.connected)
@@ -68,7 +69,7 @@ async def test_models_play_on_without_an_orchestrator_which_comes_back_with_othe
 
 async def test_an_orchestrator_that_dies_in_the_middle_of_init_removes_nobody(tmp_path: Path) -> None:
     stays, comes = ModelServer("stays"), ModelServer("comes")
-    async with staged(tmp_path) as stage:
+    async with staged(tmp_path, PATIENT) as stage:
         await stage.join(stays)
         await started(stage, comes)
         await stage.orchestrator.stop()
@@ -91,7 +92,7 @@ async def test_a_message_that_cannot_be_read_has_the_list_told_anew(
     message: str | bytes, tmp_path: Path
 ) -> None:
     stays, goes, comes = ModelServer("stays"), ModelServer("goes"), ModelServer("comes")
-    async with staged(tmp_path) as stage:
+    async with staged(tmp_path, PATIENT) as stage:
         await stage.join(stays, goes)
         await started(stage, comes)
         before_s = stage.clock.now()
@@ -105,7 +106,7 @@ async def test_a_message_that_cannot_be_read_has_the_list_told_anew(
 
 async def test_updates_are_followed_after_an_init_that_can_never_be_read(tmp_path: Path) -> None:
     stays, comes = ModelServer("stays"), ModelServer("comes")
-    async with staged(tmp_path) as stage:
+    async with staged(tmp_path, PATIENT) as stage:
         await stage.join(stays)
         await stage.orchestrator.stop()
         stage.orchestrator.first = "{"
@@ -122,7 +123,7 @@ async def test_a_large_message_is_read_and_one_that_is_too_large_has_the_list_to
     size: int, tmp_path: Path
 ) -> None:
     stays, comes = ModelServer("stays"), ModelServer("comes")
-    async with staged(tmp_path) as stage:
+    async with staged(tmp_path, PATIENT) as stage:
         await stage.join(stays)
         await started(stage, comes)
         stage.orchestrator.entries["comes"] = comes.entry()
@@ -139,7 +140,7 @@ async def test_a_large_message_is_read_and_one_that_is_too_large_has_the_list_to
 
 async def test_a_flood_of_updates_costs_nobody_a_round(tmp_path: Path) -> None:
     stays, restless, comes = ModelServer("stays"), ModelServer("restless"), ModelServer("comes")
-    async with staged(tmp_path) as stage:
+    async with staged(tmp_path, PATIENT) as stage:
         await stage.join(stays)
         await started(stage, restless, comes)
         before_s = stage.clock.now()
@@ -160,7 +161,7 @@ async def test_who_hangs_at_the_start_delays_nobody(tmp_path: Path) -> None:
     model = ModelServer("model")
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         port = silent.getsockname()[1]
-        async with staged(tmp_path) as stage:
+        async with staged(tmp_path, PATIENT) as stage:
             await stage.orchestrator.say([ModelServer(f"silent-{n}", port=port).entry() for n in range(5)])
             await started(stage, *hanging)
             await stage.orchestrator.announce(*hanging)
@@ -172,7 +173,7 @@ async def test_who_hangs_at_the_start_delays_nobody(tmp_path: Path) -> None:
             assert len(stage.predict.fleet.connecting) == 10, "all the others are still at it"
 
 
-MONTH = CONFIG.replace('assets = ["BTC", "ETH"]', 'assets = ["BTC", "ETH", "SOL", "XAU"]').replace(
+MONTH = PATIENT.replace('assets = ["BTC", "ETH"]', 'assets = ["BTC", "ETH", "SOL", "XAU"]').replace(
     'history = "1h"', 'history = "30d"'
 )
 

@@ -124,6 +124,40 @@ async def test_a_shortage_of_memory_delays_storing_and_drops_nothing(tmp_path: P
     assert "there is no memory left" in logs[0]["error"]
 
 
+async def test_an_entry_that_can_never_be_written_goes_alone(tmp_path: Path) -> None:
+    written: list[str] = []
+    lost: list[Exception] = []
+
+    def broken(conn: sqlite3.Connection) -> None:
+        raise ValueError("no such thing")
+
+    async with Database(tmp_path / "condor.db") as db, anyio.create_task_group() as tasks:
+        journal = Journal(db)
+        for name in ("first", "second"):
+            journal.append(lambda conn, name: name, name, then=written.append)
+        journal.append(broken, lost=lost.append)
+        journal.append(lambda conn: "last", then=written.append)
+        tasks.start_soon(journal.run)
+        with structlog.testing.capture_logs() as logs:
+            await journal.flushed()
+        tasks.cancel_scope.cancel()
+    assert written == ["first", "second", "last"]
+    assert [str(error) for error in lost] == ["no such thing"]
+    assert [line["event"] for line in logs] == ["journal_entry_dropped"]
+
+
+async def test_a_journal_says_each_time_that_it_fills_up(tmp_path: Path) -> None:
+    async with Database(tmp_path / "condor.db") as db, anyio.create_task_group() as tasks:
+        journal = Journal(db, max_bytes=16)
+        tasks.start_soon(journal.run)
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(2):
+                assert [journal.append(lambda conn: None, size=1) for _ in range(3)] == [True, False, False]
+                await journal.flushed()
+        tasks.cancel_scope.cancel()
+    assert [line["event"] for line in logs] == ["journal_full"] * 2
+
+
 async def test_the_answers_that_wait_take_bounded_memory(tmp_path: Path) -> None:
     async with Database(tmp_path / "condor.db") as db:
         journal = Journal(db, max_bytes=1_000_000)

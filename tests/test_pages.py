@@ -128,6 +128,10 @@ async def test_nothing_in_a_page_needs_another_host_or_breaks_the_policy(game: G
         assert "src" in script or script["type"] == "application/json"
 
 
+async def test_a_page_that_is_not_there_is_not_asked_for_again(game: Game) -> None:
+    assert "data-live" not in await page(game, "/nothing", 404)
+
+
 async def test_static_files_hold_for_ever_at_their_versioned_address(game: Game) -> None:
     parsed = outline(await page(game, "/"))
 
