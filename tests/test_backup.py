@@ -162,6 +162,22 @@ async def test_the_game_writes_on_while_a_copy_is_made(tmp_path: Path) -> None:
     assert rows(copy, "PRAGMA application_id") == [(APPLICATION_ID,)]
 
 
+async def test_who_may_not_read_the_database_may_not_read_a_copy(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.db"
+    modes: set[int] = set()
+
+    def look(what: str, of: int, done: int) -> None:
+        modes.update(part.stat().st_mode & 0o777 for part in tmp_path.glob(".copy.db.*"))
+
+    async with stored(tmp_path, 10_000) as db:
+        db.path.chmod(0o600)
+        back_up(db.path, copy, tell=look)
+    assert modes == {copy.stat().st_mode & 0o777} == {0o600}
+    copy.chmod(0o644)
+    restore(copy, db.path, tell=nobody)
+    assert db.path.stat().st_mode & 0o777 == 0o600
+
+
 async def test_a_copy_takes_no_name_that_it_must_not(tmp_path: Path) -> None:
     (tmp_path / "there.db").write_text("mine")
     (tmp_path / "open.db-wal").write_text("somebody's")

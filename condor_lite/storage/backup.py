@@ -1,8 +1,8 @@
 """Copies of the file, made beside a running game, and put back where none runs.
 
 A copy is written by `VACUUM INTO`, from one snapshot and without free pages, under a temporary name; it is
-checked and on disk before it takes its name. The snapshot is a reader's: the game writes on, and what it
-writes meanwhile stays in the write-ahead log.
+checked and on disk before it takes its name, and who may read the database may read it. The snapshot is a
+reader's: the game writes on, and what it writes meanwhile stays in the write-ahead log.
 
 `python -m condor_lite.storage.backup DATABASE FILE` makes one in a process of its own, as the game's service
 does: neither the interpreter's lock nor its place in the processor's queue is then shared with the game.
@@ -58,7 +58,7 @@ def back_up(database: Path, target: Path, *, overwrite: bool = False, tell: Told
     _refuse(database, target, overwrite)
     with _trouble_with(database), closing(sqlite3.connect(uri(database, "rw"), uri=True)) as connection:
         _check_version(connection, database)
-        with _copied(connection, target, Path(f"{database}-wal"), tell) as copy:
+        with _copied(connection, target, Path(f"{database}-wal"), _mode(database), tell) as copy:
             size_bytes = copy.stat().st_size
             _take_name(copy, target)
     return size_bytes
@@ -82,7 +82,8 @@ def restore(source: Path, database: Path, *, tell: Told) -> Restored:
     try:
         with _trouble_with(source), closing(sqlite3.connect(uri(source, "ro"), uri=True)) as connection:
             _check_version(connection, source)
-            with _copied(connection, database, Path(f"{source}-wal"), tell) as copy:
+            mode = _mode(database if database.exists() else source)
+            with _copied(connection, database, Path(f"{source}-wal"), mode, tell) as copy:
                 size_bytes = copy.stat().st_size
                 former = _set_aside(database)
                 _take_name(copy, database)
@@ -122,7 +123,7 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
 
 
 @contextmanager
-def _copied(connection: sqlite3.Connection, target: Path, log: Path, tell: Told) -> Iterator[Path]:
+def _copied(connection: sqlite3.Connection, target: Path, log: Path, mode: int, tell: Told) -> Iterator[Path]:
     """A sound copy beside `target`, on disk; it is gone at the end unless it was given another name."""
     (size_bytes,) = connection.execute(
         "SELECT (page_count - freelist_count) * page_size "
@@ -138,6 +139,8 @@ def _copied(connection: sqlite3.Connection, target: Path, log: Path, tell: Told)
                 f"free, but only {_mb(free_bytes)} are"
             )
         copy.unlink(missing_ok=True)  # of a process that was killed
+        copy.touch(mode=0o600)
+        copy.chmod(mode)
     most_bytes = _size(log) + MOST_LOG_BYTES
 
     def look() -> None:
@@ -257,6 +260,10 @@ def _folder_of(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"{path} can't be written: {error.strerror or error}") from error
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
 
 
 def _size(path: Path) -> int:
