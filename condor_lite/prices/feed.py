@@ -299,6 +299,8 @@ class Feed:
             else:
                 supply.recovered(line.asset)
                 next_s = self._timing.next_s(line, self.book.newest_s(line.asset), until_s)
+        else:
+            supply.error = supply.channel.refusal
         newest_s = self.book.newest_s(line.asset)
         if newest_s != before_s:
             line.delivered_s = self._clock.now()

@@ -99,7 +99,7 @@ class Past:
                     with self._clock.hold():
                         await self.page(line, supply)
             except Exception as error:
-                if now_s >= told_at_s + TELL_AGAIN_S:
+                if not failures and now_s >= told_at_s + TELL_AGAIN_S:
                     told_at_s = now_s
                     log.warning(
                         "history_failing", asset=line.asset, source=supply.source.name, error=str(error)

@@ -30,6 +30,8 @@ class Channel:
     source: Source
     not_before_s: float = 0.0
     """It asked to be left alone until then, game time."""
+    refusal: str = ""
+    """How it asked for that."""
     skew_told_s: float = 0.0
     told_at_s: float = -math.inf
     """When a difference of the clocks was told, game time."""
@@ -45,7 +47,7 @@ class Channel:
         pause_s = min(_RETRY_FIRST_S * 2.0 ** min(failures, 30), _RETRY_MOST_S) * random.uniform(0.75, 1.25)
         if isinstance(error, SourceError) and error.retry_after_s is not None:
             pause_s = max(pause_s, min(error.retry_after_s, LONGEST_PAUSE_S))
-            self.not_before_s = max(self.not_before_s, now_s + pause_s)
+            self.not_before_s, self.refusal = max(self.not_before_s, now_s + pause_s), str(error)
         return now_s + pause_s
 
     def look_at_its_clock(self, now_s: float) -> None:
