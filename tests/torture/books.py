@@ -42,6 +42,17 @@ class Asked:
     weight: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A scored round, by SCORING.md's Round: what each model gained over the median, and the unit of that."""
+
+    scored_at_ms: int
+    resolvable_at_s: int
+    setting: Row
+    gains: dict[str, float]
+    no_move: float
+
+
 @dataclass
 class Books:
     """What the game has on disk: `note()` before a fault, `check()` after it returns what is wrong."""
@@ -202,25 +213,29 @@ class Books:
             time.sleep(0.1)
 
     def _differences(self, db: sqlite3.Connection, shown: list[dict[str, Any]]) -> list[str]:
+        """How the leaderboard and the rows differ, of rounds that had been scored when it was made.
+
+        It tells that by the second. Of the rounds that were scored in that one, the first few may be in it.
+        """
+        rounds = self.scored(db)
         if not shown:
-            scored = db.execute("SELECT count(*) FROM round_score").fetchone()[0]
-            return [f"nothing is published of {scored} scored rounds"] if scored else []
-        now_s = datetime.fromisoformat(shown[0]["created_at"]).timestamp()
-        own = {name: self.recomputed(db, now_s, hours) for name, hours in WINDOWS_H.items()}
-        wrong = []
-        for row in shown:
-            for name, by_model in own.items():
-                mine, said = by_model.get(row["model_id"]), row[name]
-                if (mine is None) != (said is None) or (
-                    mine is not None and abs(mine - said) > _TOLERANCE * max(1.0, abs(mine))
-                ):
-                    wrong.append(f"{row['model_id']} {name}: {said} published, {mine} recomputed")
+            return [f"nothing is published of {len(rounds)} scored rounds"] if rounds else []
+        made_s = int(datetime.fromisoformat(shown[0]["created_at"]).timestamp())
+        until_ms = {1000 * made_s - 1}
+        until_ms |= {one.scored_at_ms for one in rounds if 0 <= one.scored_at_ms - 1000 * made_s < 1000}
+        wrong: list[str] = []
+        for limit_ms in sorted(until_ms):
+            then = [one for one in rounds if one.scored_at_ms <= limit_ms]
+            own = {name: self.recomputed(then, made_s, hours) for name, hours in WINDOWS_H.items()}
+            if not (wrong := list(_unlike(own, shown))):
+                break
         return wrong
 
     def leaderboard(self, db: sqlite3.Connection) -> list[dict[str, Any]]:
         """What should be published once the newest round is scored."""
-        (now_s,) = db.execute("SELECT max(resolvable_at_s) FROM round WHERE status = 'scored'").fetchone()
-        own = {name: self.recomputed(db, now_s, hours) for name, hours in WINDOWS_H.items()}
+        rounds = self.scored(db)
+        now_s = max(one.scored_at_ms for one in rounds) // 1000
+        own = {name: self.recomputed(rounds, now_s, hours) for name, hours in WINDOWS_H.items()}
         return [
             {
                 "created_at": datetime.fromtimestamp(now_s, UTC).isoformat(),
@@ -230,38 +245,57 @@ class Books:
             for (model_id,) in db.execute("SELECT model_id FROM model").fetchall()
         ]
 
-    def recomputed(self, db: sqlite3.Connection, now_s: float, hours: int) -> dict[str, float]:
-        """Each model's overall score in one window, from raw scores alone (SCORING.md, Round and Windows)."""
-        start_s = (int(now_s) // 3600 - hours) * 3600
+    def scored(self, db: sqlite3.Connection) -> list[Scored]:
+        """Every scored round, from raw scores alone."""
         rows = db.execute(
-            "SELECT round_no, asset, horizon_s, step_s, model_id, benchmark, raw, no_move FROM score"
-            " JOIN round_score USING (round_no, scorer_version) JOIN round USING (round_no)"
-            " JOIN model USING (model_no) WHERE resolvable_at_s >= ? ORDER BY round_no",
-            (start_s,),
-        ).fetchall()
-        by_round: dict[int, list[Row]] = defaultdict(list)
-        for row in rows:
-            by_round[row[0]].append(row)
-        gains: dict[tuple[Row, str], list[float]] = defaultdict(list)
-        units: dict[tuple[Row, str], list[float]] = defaultdict(list)
-        rounds: dict[Row, int] = defaultdict(int)
-        for entries in by_round.values():
-            setting, no_move = entries[0][1:4], entries[0][7]
-            rounds[setting] += 1
+            "SELECT round_no, asset, horizon_s, step_s, model_id, benchmark, raw, no_move, scored_at_ms,"
+            " resolvable_at_s FROM score JOIN round_score USING (round_no, scorer_version)"
+            " JOIN round USING (round_no) JOIN model USING (model_no) ORDER BY round_no"
+        )
+        found = []
+        for _, group in itertools.groupby(rows, key=lambda row: row[0]):
+            entries = list(group)
             valid = [entry[6] for entry in entries if entry[6] is not None]
             median = statistics.median(
                 [entry[6] for entry in entries if entry[6] is not None and not entry[5]] or valid
             )
             missing = min(float(np.quantile(valid, 0.9)), 1.25 * median)
-            for entry in entries:
-                counted = missing if entry[6] is None else min(entry[6], 3 * median)
-                gains[setting, entry[4]].append(median - counted)
-                units[setting, entry[4]].append(no_move)
+            gains = {
+                entry[4]: median - (missing if entry[6] is None else min(entry[6], 3 * median))
+                for entry in entries
+            }
+            _, *setting, _, _, _, no_move, scored_at_ms, resolvable_at_s = entries[0]
+            found.append(Scored(scored_at_ms, resolvable_at_s, tuple(setting), gains, no_move))
+        return found
+
+    def recomputed(self, rounds: list[Scored], now_s: float, hours: int) -> dict[str, float]:
+        """Each model's overall score in one window (SCORING.md, Windows)."""
+        start_s = (int(now_s) // 3600 - hours) * 3600
+        gains: dict[tuple[Row, str], list[float]] = defaultdict(list)
+        units: dict[tuple[Row, str], list[float]] = defaultdict(list)
+        count: dict[Row, int] = defaultdict(int)
+        for one in rounds:
+            if one.resolvable_at_s < start_s:
+                continue
+            count[one.setting] += 1
+            for model_id, gain in one.gains.items():
+                gains[one.setting, model_id].append(gain)
+                units[one.setting, model_id].append(one.no_move)
         weights = {(a.asset, a.horizon_s, a.step_s): a.weight for a in self.settings}
-        total = sum(weights[setting] for setting in rounds)
+        total = sum(weights[setting] for setting in count)
         overall: dict[str, float] = defaultdict(float)
         for (setting, model_id), terms in gains.items():
             n = len(terms)
-            score = 100 * 8 * n / (7 * n + rounds[setting]) * sum(terms) / sum(units[setting, model_id])
+            score = 100 * 8 * n / (7 * n + count[setting]) * sum(terms) / sum(units[setting, model_id])
             overall[model_id] += weights[setting] / total * score
         return dict(overall)
+
+
+def _unlike(own: dict[str, dict[str, float]], shown: list[dict[str, Any]]) -> Iterator[str]:
+    for row in shown:
+        for name, by_model in own.items():
+            mine, said = by_model.get(row["model_id"]), row[name]
+            if (mine is None) != (said is None) or (
+                mine is not None and abs(mine - said) > _TOLERANCE * max(1.0, abs(mine))
+            ):
+                yield f"{row['model_id']} {name}: {said} published, {mine} recomputed"
