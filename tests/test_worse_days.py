@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import random
+import re
 import signal
 import sqlite3
 import ssl
@@ -26,7 +27,7 @@ from structlog.testing import capture_logs
 from condor_lite.clock import SteppedClock
 from condor_lite.config import FeedConfig
 from condor_lite.errors import StartError
-from condor_lite.prices import web
+from condor_lite.prices import online, web
 from condor_lite.prices.feed import Feed
 from condor_lite.prices.replay import ReplaySource
 from condor_lite.prices.source import SourceError
@@ -35,7 +36,7 @@ from condor_lite.prices.synthetic import SyntheticSource
 from condor_lite.prices.web import WebSource
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
-from tests.price_server import TRICKLE, Fault, PriceServer, http_date, price
+from tests.price_server import CUT, HANG, HTML, RESET, TRICKLE, Fault, PriceServer, http_date, price
 from tests.program import program
 from tests.test_feed import (
     DAY_S,
@@ -193,6 +194,55 @@ async def test_a_certificate_that_nobody_trusts_is_said_to_be(tmp_path: Path) ->
         with pytest.raises(SourceError, match=r"CERTIFICATE_VERIFY_FAILED.*SSL_CERT_FILE"):
             await source.fetch("BTC", T - 3600, T, 60)
         await source.aclose()
+
+
+async def complaints(source: WebSource) -> list[str]:
+    """What `check --online` says of BTC and of all of it."""
+    looks, notes = await online.look([source], ["BTC"], 60, 180, web.time.time)
+    return [*online.problems(looks), *notes]
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault(429), r"asks for fewer requests \(HTTP 429\)"),
+        (Fault(451), r"is blocked in your country; use another feed\.source \(HTTP 451\)"),
+        (Fault(502, HTML.body), r"is in trouble \(HTTP 502\)"),
+        (HTML, "answered with a web page; is there a proxy or a login in between"),
+        (Fault(302), r"points elsewhere; set feed\.base_url to where it is now \(HTTP 302\)"),
+        (CUT, "BTC-USD: the answer is no JSON, or cut short"),
+        (RESET, "the connection broke off"),
+        (HANG, r"no answer within 0\.2 s"),
+        (TRICKLE, r"no answer within 0\.2 s"),
+        (Fault(body=b'{"candles": []}'), "BTC-USD: the answer is not what it should be"),
+    ],
+    ids=lambda given: None if isinstance(given, str) else given.kind + str(given.status),
+)
+async def test_the_check_says_what_where_and_what_to_do(
+    server: PriceServer, monkeypatch: pytest.MonkeyPatch, fault: Fault, said: str
+) -> None:
+    if fault in (HANG, TRICKLE):
+        monkeypatch.setattr(web, "_TIMEOUT_S", 0.2)
+    server.outage = fault
+    problem, what_to_do = await complaints(at(server))
+    assert re.match(f"BTC: coinbase at {server.url}:? {said}", problem)
+    assert what_to_do == "what fails now may work later: try again, or name a second source in feed.source"
+
+
+async def test_the_check_says_whose_prices_are_old_or_not_there_yet(server: PriceServer) -> None:
+    assert await complaints(at(server)) == []
+    server.shift_s = -HOUR_S
+    problem, _ = await complaints(at(server))
+    assert problem == (
+        "BTC: the newest price of coinbase is 60 min old, more than feed.max_staleness (3m): rounds are "
+        "skipped; is its market closed?"
+    )
+    server.shift_s = -DAY_S
+    assert (await complaints(at(server)))[0] == (
+        "BTC: coinbase has no price in the last 4 h; is its market closed?"
+    )
+    server.shift_s = DAY_S
+    assert "candles lie in the future" in (await complaints(at(server)))[0]
 
 
 # -- times that are not right --------------------------------------------------------------------------------

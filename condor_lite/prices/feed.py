@@ -62,13 +62,7 @@ class Feed:
     """Keeps `book` and the database up to date with `source`, or where that fails with its `fallbacks`."""
 
     def __init__(
-        self,
-        config: Config,
-        clock: Clock,
-        db: Database,
-        source: Source,
-        *fallbacks: Source,
-        book: PriceBook | None = None,
+        self, config: Config, clock: Clock, db: Database, source: Source, *fallbacks: Source
     ) -> None:
         self._config = config
         self._clock = clock
@@ -82,7 +76,7 @@ class Feed:
         settle_s = config.scoring.settle_delay_s
         self._timing = Timing(clock, self._tick_s, settle_s)
         self._fine_s = max(_FINE_S, *(setting.horizon_s for setting in config.game.settings))
-        self.book = book or PriceBook(self._history_s, self._tick_s)
+        self.book = PriceBook(self._history_s, self._tick_s)
         self.history_ready = asyncio.Event()
         """Set once models can be given their history: all of it is there, or has been waited for."""
         channels = [Channel(each) for each in (source, *fallbacks)]

@@ -69,8 +69,6 @@ class WebSource:
     simulated = False
     latency_s = 2.0
     reach_s: int | None = None
-    candle_s = CANDLE_S
-    """What `feed.tick` must be a multiple of."""
     base: ClassVar[str]
     rate_per_s: float
     """Requests a second, evenly spaced."""
@@ -82,15 +80,15 @@ class WebSource:
     offers_path: ClassVar[str | None] = None
 
     def __init__(self, feed: FeedConfig) -> None:
-        if feed.tick_s % self.candle_s:
+        if feed.tick_s % CANDLE_S:
             raise ConfigError(
                 [
                     f'feed.tick = "{shown_duration(feed.tick_s)}": {self.name} gives one price a minute; '
-                    f'must be a multiple of "{self.candle_s}s"'
+                    f'must be a multiple of "{CANDLE_S}s"'
                 ]
             )
         self.skew_s: float | None = None
-        self.page_points = max(1, self.rows * self.candle_s // feed.tick_s)
+        self.page_points = max(1, self.rows * CANDLE_S // feed.tick_s)
         self._symbols = {**self.symbols, **feed.symbols_at(self.name)}
         self._base = feed.base_url or self.base
         self._client = httpx.AsyncClient(
