@@ -55,7 +55,7 @@ class Reader:
 
     async def block(self) -> dict[str, str]:
         """The next lines up to an empty one, by field; a comment is the field ""."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while b"\n\n" not in self._buffer:
                 self._buffer += await anext(self._chunks)
         text, self._buffer = self._buffer.split(b"\n\n", 1)
@@ -65,8 +65,9 @@ class Reader:
         return found
 
     async def event(self) -> Event:
-        while "data" not in (found := await self.block()):
-            pass
+        async with asyncio.timeout(60):  # a stream without events goes on with comments
+            while "data" not in (found := await self.block()):
+                pass
         data = orjson.loads(found["data"])
         msgspec.convert(data, EVENTS[found["event"]], strict=True)
         assert set(data) == set(getattr(EVENTS[found["event"]], "__dataclass_fields__", ()))

@@ -284,7 +284,7 @@ interval = "2s"
 source = "prices_here:Prices"
 tick = "1s"
 history = "1m"
-max_staleness = "2s"
+max_staleness = "6s"
 
 [predict]
 max_consecutive_failures = 2
