@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,12 +15,13 @@ _FAMILIES = "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX"
 def text(config: Config, path: Path | None, user: str) -> str:
     """The unit's text. `path`: the config file, None for the demo in the current folder."""
     folder = (path or Path("config.toml")).absolute().parent
-    written = [config.storage.path.parent, *([config.backup.path] if config.backup.every_s else [])]
+    backups = [config.backup.path] if config.backup.every_s else []
+    written = [str(one) for one in dict.fromkeys([config.storage.path.parent, *backups])]
     chosen = ["--config", str(path.absolute())] if path is not None else []
     command = " ".join(_quoted(part) for part in (sys.executable, "-m", "condor_lite", *chosen)).replace(
         "$", "$$"
     )
-    folders = " ".join(_quoted(str(one)) for one in dict.fromkeys(written))
+    folders = " ".join(map(_quoted, written))
     # A namespace of a model's own needs a /proc that nothing is mounted over, and netlink for its loopback.
     namespaces = (
         (
@@ -38,7 +40,7 @@ def text(config: Config, path: Path | None, user: str) -> str:
     lines = (
         "# Made by: condor-lite systemd. Before the first start, as root:",
         f"#   useradd --system {user}   (where there is no such user yet)",
-        f"#   install -d -m 700 -o {user} {folders}",
+        f"#   install -d -m 700 -o {user} {shlex.join(written)}",
         "[Unit]",
         f"Description=condor_lite: {_plain(config.game.name)}",
         "Wants=network-online.target",

@@ -176,6 +176,16 @@ def test_the_unit_is_of_this_config(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {"MemoryMax", "ProtectSystem", "NoNewPrivileges", "RestrictNamespaces"} <= said.keys()
 
 
+def test_the_folders_can_be_made_as_the_unit_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / 'with 100% "odd" $name'
+    text = unit(folder, capsys, '[backup]\nevery = "6h"\n')
+    (line,) = [line for line in text.splitlines() if "install -d" in line]
+    command = line.removeprefix("#").replace("-o daemon ", "")
+    subprocess.run(["sh", "-c", command], check=True, timeout=60)
+    assert (folder / "data").is_dir()
+    assert (folder / "backups").stat().st_mode & 0o777 == 0o700
+
+
 def test_the_unit_lets_sandboxes_be_made_where_the_config_wants_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
