@@ -155,7 +155,7 @@ async def serve(folder: Path, extra: str = "", **more: Any) -> AsyncIterator[Gam
         served = server.Server(app, sock, before_stop=app.state.stream.end)
         async with anyio.create_task_group() as tasks:
             await tasks.start(served.run)
-            async with httpx.AsyncClient(base_url=served.url) as client:
+            async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
                 yield Game(db, live, config, client, served, app.state.stream, problems, connected)
             served.stop()
 

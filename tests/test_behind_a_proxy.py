@@ -56,7 +56,7 @@ async def proxied(game: served.Game, *, strips: bool) -> AsyncIterator[httpx.Asy
     serving = server.Server(proxy, sock)
     async with anyio.create_task_group() as tasks:
         await tasks.start(serving.run)
-        async with httpx.AsyncClient(base_url=serving.url) as client:
+        async with httpx.AsyncClient(base_url=serving.url, timeout=60) as client:
             yield client
         serving.stop()
 
