@@ -830,7 +830,7 @@ async def test_the_server_ends_with_its_port_free_and_can_run_again(tmp_path: Pa
         for _ in range(2):
             async with anyio.create_task_group() as tasks:
                 await tasks.start(other.run)
-                async with httpx.AsyncClient(base_url=other.url) as client:
+                async with httpx.AsyncClient(base_url=other.url, timeout=60) as client:
                     assert (await client.get("/healthz")).status_code == 200
                     # Ended while a connection is kept alive.
                     other.stop() if end == "stop" else tasks.cancel_scope.cancel()

@@ -115,7 +115,7 @@ async def test_a_real_game_tells_what_happens(tmp_path: Path) -> None:
     async with (
         playing(config, clock) as game,
         reading(game.web.url) as reader,
-        httpx.AsyncClient(base_url=game.web.url) as client,
+        httpx.AsyncClient(base_url=game.web.url, timeout=60) as client,
     ):
         await until(lambda: ready(game) == len(BUNDLED))
         await settle(game, clock, start_s + 3600)

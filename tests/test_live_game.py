@@ -77,7 +77,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SteppedClock:
 
 
 async def get(game: Game, path: str) -> Any:
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
         reply = await client.get(game.web.url + path)
     return reply.json()
 
@@ -112,7 +112,7 @@ async def test_an_outage_is_survived_without_a_price_made_up(challenge: Path, cl
                 assert state.newest_ts_s <= START_S + 20 * MINUTE_S
             assert 20 <= len(server.requests) <= 2 * 2 * 20, "it asks again, later each time"
 
-            async with httpx.AsyncClient(trust_env=False) as client:
+            async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
                 reply = await client.get(f"{game.web.url}/readyz")
             assert reply.status_code == 503
             assert "BTC" in reply.text

@@ -82,7 +82,10 @@ async def test_the_numbers_of_a_game_are_those_in_its_database(tmp_path: Path) -
         (tmp_path / "models" / name / "main.py").write_text(MODEL.format(line, scale))
     config = configuration.load(tmp_path / "config.toml", {})
     clock = SteppedClock(START_S - 30)
-    async with joined(config, clock, 3) as game, httpx.AsyncClient(base_url=game.web.url) as client:
+    async with (
+        joined(config, clock, 3) as game,
+        httpx.AsyncClient(base_url=game.web.url, timeout=60) as client,
+    ):
         await settle(game, clock, START_S + 3600)
         text = (await client.get("/metrics")).raise_for_status().text
         with closing(open_read_only(config.storage.path)) as db:

@@ -84,7 +84,7 @@ def test_it_was_asked_in_many_ways() -> None:
     ids=lambda endpoint: endpoint.url,
 )
 def test_a_real_answer_is_as_described(endpoint: Endpoint, url: str) -> None:
-    answer = httpx.get(url + endpoint.url.format(**FILL)).raise_for_status()
+    answer = httpx.get(url + endpoint.url.format(**FILL), timeout=60).raise_for_status()
     operation = DOCUMENT["paths"][endpoint.url]["get"]
     described = operation["responses"]["200"]
 
@@ -94,13 +94,15 @@ def test_a_real_answer_is_as_described(endpoint: Endpoint, url: str) -> None:
     for parameter in operation["parameters"]:
         if "enum" in (values := parameter.get("schema", {})):
             for value in values["enum"]:
-                each = httpx.get(url + endpoint.url, params={parameter["name"]: value}).raise_for_status()
+                each = httpx.get(
+                    url + endpoint.url, params={parameter["name"]: value}, timeout=60
+                ).raise_for_status()
                 validate(each.json(), described["content"]["application/json"]["schema"])
 
 
 def test_a_wrong_answer_would_be_noticed(url: str) -> None:
     described = DOCUMENT["paths"]["/statistics"]["get"]["responses"]["200"]["content"]["application/json"]
-    body = httpx.get(f"{url}/statistics").json()
+    body = httpx.get(f"{url}/statistics", timeout=60).json()
     for wrong in (
         body | {"more": 1},
         {name: value for name, value in body.items() if name != "game"},
@@ -112,7 +114,7 @@ def test_a_wrong_answer_would_be_noticed(url: str) -> None:
 
 
 def test_the_document_is_served_and_names_every_endpoint_and_parameter(url: str) -> None:
-    served = httpx.get(f"{url}/openapi.json").json()
+    served = httpx.get(f"{url}/openapi.json", timeout=60).json()
 
     assert served == orjson.loads(orjson.dumps(DOCUMENT))
     assert list(served["paths"]) == [endpoint.url for endpoint in ENDPOINTS]

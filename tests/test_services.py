@@ -114,7 +114,7 @@ class Mortal(Service):
 
 
 async def ready(game: Game) -> tuple[int, str]:
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
         reply = await client.get(f"{game.web.url}/readyz")
     return reply.status_code, reply.text
 

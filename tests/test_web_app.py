@@ -183,7 +183,7 @@ async def test_it_can_ask_again_and_again_with_four_widgets_at_once(app: WebApp,
     app.widgets = (app.widgets * 2)[:4]
     first = await app.draw(*ids(app))
 
-    async with httpx.AsyncClient(base_url=game.server.url) as another:
+    async with httpx.AsyncClient(base_url=game.server.url, timeout=60) as another:
         for client in (app.http, another) * 5:
             app.http = client
             assert await app.draw(*ids(app)) == first

@@ -411,7 +411,7 @@ async def test_each_trouble_of_a_real_game_is_told_when_it_begins_and_when_it_is
                 game.watchdog._on_beat = on_beat
 
                 await until(lambda: ("backup_failed", "begun") in receiver.events())
-                async with httpx.AsyncClient(base_url=game.web.url) as client:
+                async with httpx.AsyncClient(base_url=game.web.url, timeout=60) as client:
                     not_ready = (await client.get("/readyz")).json()
                     status = (await client.get("/status")).text
                     metrics = (await client.get("/metrics")).text

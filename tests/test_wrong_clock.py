@@ -68,7 +68,9 @@ def test_while_nobody_says_what_time_it_is_no_round_is_held_and_none_is_void(liv
     live.set_wall(by_s)
     which = "ahead of" if by_s > 0 else "behind"
     until(live, lambda: f"the machine's clock is 365 days, 0:00:00 {which}" in live.problems())
-    status = httpx.get(f"http://127.0.0.1:{live.run.port}/status", headers={"Accept": "text/html"}).text
+    status = httpx.get(
+        f"http://127.0.0.1:{live.run.port}/status", timeout=60, headers={"Accept": "text/html"}
+    ).text
     assert "no source of prices confirms it" in status
     skipped = "SELECT 1 FROM round WHERE status = 'skipped' AND reason LIKE 'the machine%'"
     until(live, lambda: read(live, skipped))
