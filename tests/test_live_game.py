@@ -203,6 +203,24 @@ async def test_rounds_over_an_hour_without_trades_are_void_and_say_so(
     assert {rounds["ETH"][at][0] for at in range(1, 95, 2)} == {"scored"}
 
 
+async def test_rounds_of_an_asset_that_was_left_out_are_void_and_say_so(
+    challenge: Path, clock: SteppedClock
+) -> None:
+    async with PriceServer(now=clock.now) as server:
+        environ = {"CONDOR_LITE__FEED__BASE_URL": server.url, "CONDOR_LITE__SCORING__VOID_AFTER": "5m"}
+        for assets, until_s in (('["BTC", "ETH"]', START_S + 600), ('["BTC"]', START_S + 1500)):
+            (challenge / "config.toml").write_text(CONFIG.replace('["BTC", "ETH"]', assets))
+            config = configuration.load(challenge / "config.toml", environ)
+            async with joined(config, clock, 1) as game:
+                await settle(game, clock, until_s)
+    rows = read(challenge, "SELECT asset, scheduled_at_s, status, reason FROM round WHERE status != 'missed'")
+    last = max(row for row in rows if row[0] == "ETH")
+    assert last[2:] == ("void", "no price of ETH came within 300 s of the end of the round")
+    assert {status for asset, _, status, _ in rows if asset == "ETH"} == {"scored", "void"}
+    after = {at_s: status for asset, at_s, status, _ in rows if asset == "BTC" and at_s > START_S + 600}
+    assert {status for at_s, status in after.items() if at_s < START_S + 1200} == {"scored"}
+
+
 async def test_an_asset_that_the_exchange_does_not_know_keeps_it_from_starting(challenge: Path) -> None:
     with (challenge / "config.toml").open("a") as file:
         file.write('\n[feed.symbols]\nETH = "ETH-USB"\n')
