@@ -55,7 +55,7 @@ step = "1m"
 interval = "1h"
 
 [feed]
-source = "coinbase"
+source = "{source}"
 tick = {tick}
 history = "{history}"
 base_url = "{url}"
@@ -272,7 +272,14 @@ async def _feeding(market: Market, model: ModelServer) -> AsyncIterator[Feed]:
     assets = [f"A{number:02}" for number in range(MANY)]
     with tempfile.TemporaryDirectory() as folder:
         config = _config(
-            Path(folder), assets, url="", symbols={}, tick=TICK_S, history="10m", port=orchestrator.port
+            Path(folder),
+            assets,
+            url="",
+            symbols={},
+            tick=TICK_S,
+            history="10m",
+            port=orchestrator.port,
+            source="benchmarks.feed:Market",  # a source of one's own may have any tick
         )
         async with Database(config.storage.path) as db:
             journal = Journal(db)
@@ -311,10 +318,13 @@ def _config(
     tick: int,
     history: str,
     port: int = 9091,
+    source: str = "coinbase",
 ) -> Config:
     folder.mkdir(exist_ok=True)
     names = "\n".join(f'{asset} = "{symbol}"' for asset, symbol in symbols.items())
-    text = CONFIG.format(assets=list(assets), url=url, symbols=names, tick=tick, history=history, port=port)
+    text = CONFIG.format(
+        assets=list(assets), source=source, url=url, symbols=names, tick=tick, history=history, port=port
+    )
     (folder / "config.toml").write_text(text)
     config = configuration.load(folder / "config.toml", {})
     configure(config.log)

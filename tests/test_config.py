@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from condor_lite import config as configuration
 from condor_lite.config import Config, find, keys, load, table
-from condor_lite.config_sections import SECTIONS
+from condor_lite.config_sections import LIVE_SOURCES, SECTIONS
 from condor_lite.config_values import WrongValueError, read_duration, shown_duration
 from condor_lite.errors import ConfigError
 from condor_lite.game.entities import Setting
@@ -325,6 +325,14 @@ WRONG_BLOCKS = [
     ('asset = ["BTC"]', "asset: unknown key; did you mean assets?"),
     ("x = 1", "x: unknown key; known are assets, horizon, step, interval, weight"),
 ]
+
+
+@pytest.mark.parametrize("name", LIVE_SOURCES)
+def test_a_tick_of_a_live_source_is_a_number_of_minutes(
+    problems: Callable[..., list[str]], name: str
+) -> None:
+    found = problems(f'[feed]\nsource = "{name}"\napi_key = "key"\ntick = "90s"\n')
+    assert f'feed.tick = "90s": {name} gives one price a minute: must be a multiple of "60s"' in found
 
 
 def test_a_live_source_names_every_line_that_is_too_fine_for_it_at_once(

@@ -472,12 +472,6 @@ async def test_a_wrong_address_is_no_unknown_symbol(source: WebSource, server: P
 # -- making one ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_tick_is_a_number_of_minutes(name: str) -> None:
-    with pytest.raises(ConfigError, match=f'feed.tick = "5s": {name} gives one price a minute'):
-        live_source(name, replace(FEED, tick_s=5))
-
-
 def test_pyth_needs_a_key() -> None:
     with pytest.raises(ConfigError, match=r"feed\.api_key: must be set"):
         live_source("pyth", replace(FEED, api_key=""))

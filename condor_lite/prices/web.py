@@ -19,8 +19,7 @@ import msgspec
 
 from condor_lite import __version__
 from condor_lite.config import FeedConfig
-from condor_lite.config_values import shown_duration
-from condor_lite.errors import ConfigError
+from condor_lite.config_sections import LIVE_TICK_S
 from condor_lite.prices.grid import Point
 from condor_lite.prices.source import LONGEST_PAUSE_S, SourceError, UnknownAsset
 
@@ -32,7 +31,7 @@ Query = Mapping[str, str | int]
 Request = tuple[str, Query]
 """Path and query."""
 
-CANDLE_S = 60
+CANDLE_S = LIVE_TICK_S
 
 _TIMEOUT_S = 10.0
 _MOST_BYTES = 2**20  # reading a hostile MiB holds the loop for 50 ms
@@ -62,7 +61,7 @@ class WebSource:
     """A source of one-minute candles over HTTP. A subclass knows its paths and shapes, and nothing else.
 
     Its candles stand at their open time; `fetch` gives each close at the candle's end, and none that the
-    source's own clock says is still open. Raises ConfigError where `[feed]` does not fit the source.
+    source's own clock says is still open. Raises ConfigError where `[feed]` lacks what the source needs.
     """
 
     name: str
@@ -80,13 +79,6 @@ class WebSource:
     offers_path: ClassVar[str | None] = None
 
     def __init__(self, feed: FeedConfig) -> None:
-        if feed.tick_s % CANDLE_S:
-            raise ConfigError(
-                [
-                    f'feed.tick = "{shown_duration(feed.tick_s)}": {self.name} gives one price a minute; '
-                    f'must be a multiple of "{CANDLE_S}s"'
-                ]
-            )
         self.skew_s: float | None = None
         self.page_points = max(1, self.rows * CANDLE_S // feed.tick_s)
         self._symbols = {**self.symbols, **feed.symbols_at(self.name)}
