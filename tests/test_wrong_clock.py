@@ -59,15 +59,13 @@ def nothing_lies_ahead(world: Live) -> None:
     assert not read(world, "SELECT * FROM meta WHERE key = 'clock_s' AND CAST(value AS REAL) > ?", ahead_s)
 
 
-@pytest.mark.parametrize("by_s", [YEAR_S, -YEAR_S])
-def test_while_nobody_says_what_time_it_is_no_round_is_held_and_none_is_void(live: Live, by_s: int) -> None:
+def test_while_nobody_says_what_time_it_is_no_round_is_held_and_none_is_void(live: Live) -> None:
     live.start()
     until(live, lambda: live.playing(0))
     live.books.note()
     live.no_prices()  # rounds wait for them
-    live.set_wall(by_s)
-    which = "ahead of" if by_s > 0 else "behind"
-    until(live, lambda: f"the machine's clock is 365 days, 0:00:00 {which}" in live.problems())
+    live.set_wall(YEAR_S)
+    until(live, lambda: "the machine's clock is 365 days, 0:00:00 ahead of" in live.problems())
     status = httpx.get(
         f"http://127.0.0.1:{live.run.port}/status", timeout=60, headers={"Accept": "text/html"}
     ).text
