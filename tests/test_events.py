@@ -194,6 +194,13 @@ async def test_very_many_rounds_that_were_missed_are_one_reset(game: Game) -> No
         game.live.news.tell(RoundsNotHeld(rounds(10_000)))
         game.live.news.tell(joined("a"))
         assert await reader.names(2) == ["reset", "model_joined"]
+        before = reader.last_id
+    game.live.news.tell(RoundsNotHeld(rounds(10_000)))
+    async with reading(game.server.url, before) as reader:
+        assert await reader.names(1) == ["reset"]
+    async with reading(game.server.url, f"{before.split('-')[0]}-1") as reader:
+        game.live.news.tell(joined("b"))
+        assert await reader.names(2) == ["reset", "model_joined"], "what came before the reset is not kept"
 
 
 async def test_a_reader_that_never_reads_loses_events_and_hurts_nobody(game: Game) -> None:
