@@ -131,6 +131,11 @@ class Times:
     opened_s: float
     stored_s: dict[int, float] = field(default_factory=dict)
 
+    @property
+    def ended_s(self) -> float:
+        """When its last answer was on disk."""
+        return max(self.stored_s.values())
+
 
 @dataclass
 class Game:
@@ -162,7 +167,7 @@ class Game:
 
     def spent_s(self, times: Times) -> float:
         """From its prices at hand to its last answer on disk."""
-        return max(times.stored_s.values()) - self.prices_s[times.scheduled_at_s]
+        return times.ended_s - self.prices_s[times.scheduled_at_s]
 
     def numbers(self, prefix: str) -> set[int]:
         known = self.predict.participants.items()
@@ -278,7 +283,7 @@ def row(name: str, figure: str, note: str = "") -> None:
     print(f"  {name:<34}{figure:>10}   {note}", flush=True)
 
 
-# -- latency -------------------------------------------------------------------------------------------------
+# -- the reference -------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -443,12 +448,13 @@ async def scale() -> None:
             memory = (process.memory_info().rss - before) / models / 1000
             held, bare_s, beats = await _beside_bare(game, fleet.port, rounds)
             spent_s = statistics.median(map(game.spent_s, held))
+        round_s = statistics.median(times.ended_s - times.opened_s for times in held)
         lost = sum(models - len(times.stored_s) for times in held)
         late_s = max(times.opened_s - times.scheduled_at_s for times in held)
         costs_s[models] = spent_s / models
         note = f"{spent_s / bare_s:.2f}   (bare {ms(bare_s)}); {1e6 * costs_s[models]:.0f} us a model"
         row(f"{models} models", ms(spent_s), f"{note}; {lost} lost; {memory:.0f} kB a model")
-        row("", "", f"{beats}; opened at most {ms(late_s)} late")
+        row("", "", f"round opened -> all committed {ms(round_s)}; {beats}; opened at most {ms(late_s)} late")
     row("a model of 1,000 to one of 100", f"{costs_s[1000] / costs_s[100]:.2f}", "(target: linear)")
 
 
