@@ -14,15 +14,12 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
 import orjson
-import structlog
 
 from condor_lite.clock import Clock
 from condor_lite.game.entities import AnswerStatus, Model, Round
 from condor_lite.models.runner import Connection, Outcome, Reply, tick_request
 from condor_lite.pacer import Throttle, Waker
 from condor_lite.prices.book import PriceBook, Prices, Times
-
-log = structlog.get_logger()
 
 HISTORY_TIMEOUT_S = 120.0
 _HISTORY_TRIES = 3

@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 from condor_lite.clock import Clock
 from condor_lite.config import Config
 from condor_lite.game import schedule
+from condor_lite.game.answer import ENVELOPE_BYTES
 from condor_lite.game.entities import Answer, AnswerStatus, Model, ModelInfo, Round, RoundStatus, Setting
 from condor_lite.lanes import Floor, Lane, OpenRound, Participant, Ticks
 from condor_lite.models.fleet import Fleet
@@ -260,7 +261,7 @@ class PredictLoop:
             round=self._round(at_s, setting, RoundStatus.OPEN, asked=True),
             request=self._requests[setting],
             deadline_s=self._deadline_s(at_s, setting),
-            max_answer_bytes=setting.segments * limits.max_segment_bytes + 16 * 1024,
+            max_answer_bytes=setting.segments * limits.max_segment_bytes + ENVELOPE_BYTES,
         )
         self.open_rounds.append(open_round)
         assert self._tasks is not None

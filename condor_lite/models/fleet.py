@@ -25,6 +25,7 @@ from model_runner_client.model_runners import DynamicSubclassModelRunner
 from model_runner_client.websocket_client import WebsocketClient
 
 from condor_lite.config import Config
+from condor_lite.game.answer import ENVELOPE_BYTES
 from condor_lite.game.entities import ModelInfo
 from condor_lite.models import security
 from condor_lite.models.runner import MAX_NAME_CHARS, Connection, first_line
@@ -116,7 +117,7 @@ class Fleet:
         for noisy in ("model_runner_client", "websockets"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         largest = max(setting.segments for setting in config.game.settings)
-        self._max_reply_bytes = largest * config.predict.max_segment_bytes + 16 * 1024
+        self._max_reply_bytes = largest * config.predict.max_segment_bytes + ENVELOPE_BYTES
         self._base_class = config.game.base_class
         self._credentials = security.load_credentials(config.orchestrator)
         self._serve = serve
