@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import axe_playwright_python
 import pytest
+from anyio.from_thread import start_blocking_portal
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, expect, sync_playwright
 
 import condor_lite
+from condor_lite.game.entities import Round, RoundStatus
+from condor_lite.news import RoundClosed
+from condor_lite.storage import repositories
 from tests.prices import record, wild_walk
 from tests.program import Program, program
-from tests.served import EVIL
+from tests.served import EVIL, OPEN_ROUND, Game, play, serve
 
 START_S = 1_700_000_400
 LIMIT_MS = 100_000  # what comes by itself comes within seconds; this is for a machine with much to do
@@ -73,6 +80,18 @@ PAGES = {
 }
 
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
+
+
+class Host(Protocol):
+    @property
+    def origin(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Still:
+    """A game that stands still, so that what is open in it stays open."""
+
+    origin: str
 
 
 class Site:
@@ -171,7 +190,7 @@ def site(folder: Path, browser: Browser) -> Iterator[Site]:
 
 
 @contextmanager
-def visit(browser: Browser, site: Site, path: str, **how: Any) -> Iterator[Page]:
+def visit(browser: Browser, site: Host, path: str, **how: Any) -> Iterator[Page]:
     """A page in a browser of its own, which must have nothing to complain about."""
     troubles: list[str] = []
     context = browser.new_context(base_url=site.origin, **{"viewport": {"width": 1280, "height": 900}, **how})
@@ -248,24 +267,28 @@ def test_axe_finds_nothing_serious_in_light_and_dark(browser: Browser, site: Sit
         live(page)
         for detail in page.locator("details").all():
             detail.evaluate("details => { details.open = true }")
-        page.evaluate(AXE)
-        for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast", "link-in-text-block"]})):
-            page.emulate_media(color_scheme=scheme)
-            found = page.evaluate("(rules) => axe.run({resultTypes: ['violations'], ...rules})", rules)
-            serious = [
-                (violation["id"], [node["html"] for node in violation["nodes"]][:3])
-                for violation in found["violations"]
-                if violation["impact"] in ("serious", "critical")
-            ]
-            assert not serious, scheme
-            assert found["passes"]
+        nothing_is_serious(page)
+
+
+def nothing_is_serious(page: Page) -> None:
+    page.evaluate(AXE)
+    for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast", "link-in-text-block"]})):
+        page.emulate_media(color_scheme=scheme)
+        found = page.evaluate("(rules) => axe.run({resultTypes: ['violations'], ...rules})", rules)
+        serious = [
+            (violation["id"], [node["html"] for node in violation["nodes"]][:3])
+            for violation in found["violations"]
+            if violation["impact"] in ("serious", "critical")
+        ]
+        assert not serious, scheme
+        assert found["passes"]
 
 
 def test_dark_is_dark_and_the_charts_follow(browser: Browser, site: Site) -> None:
     with visit(browser, site, site.path("scored round"), color_scheme="light") as page:
         look = "(element) => [getComputedStyle(element).backgroundColor, getComputedStyle(element).color]"
         fill = "getComputedStyle(document.querySelector('.xtick text')).fill"
-        page.wait_for_selector(".xtick text")
+        page.locator(".xtick text").first.wait_for(state="attached")
         ground, ink = page.locator("body").evaluate(look)
         assert lightness(ground) > 0.9
         assert lightness(ink) < 0.2
@@ -310,6 +333,42 @@ def test_a_round_is_scored_before_ones_eyes(browser: Browser, site: Site) -> Non
         expect(page.locator("#round-head .status")).to_have_text("scored")
         expect(page.locator("#round-legend a").first).to_be_visible()
         expect(page.locator("[data-chart] .scatterlayer .trace").nth(3)).to_be_attached()
+
+
+def test_an_open_round_tells_who_has_answered_and_closes_before_ones_eyes(
+    browser: Browser, tmp_path: Path
+) -> None:
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(serve(tmp_path)) as game:
+        portal.call(play, game)
+        with visit(browser, Still(game.server.url), f"/rounds/{OPEN_ROUND}") as page:
+            live(page)
+            expect(page.locator("#round-head .status")).to_have_text("open")
+            expect(page.locator("#round-head")).to_contain_text("They are answering now")
+            expect(page.locator("#round-scores tbody tr")).to_have_text(
+                [re.compile("SUCCESS"), re.compile("TIMEOUT")]
+            )
+            expect(page.locator("#round-scores")).not_to_contain_text("explained")
+            expect(page.locator("[data-chart] .scatterlayer .trace")).to_have_count(1)
+            fits(page)
+            page.set_viewport_size({"width": 375, "height": 700})
+            fits(page)
+            nothing_is_serious(page)
+
+            portal.call(close, game)
+            expect(page.locator("#round-head .status")).to_have_text("closed")
+            expect(page.locator("#round-head")).to_contain_text("1 answered")
+
+
+async def close(game: Game) -> None:
+    """The open round."""
+
+    def write(conn: sqlite3.Connection) -> Round:
+        (open_one,) = repositories.select_rounds(conn, "status = 'open'", ())
+        assert open_one.round_no is not None
+        repositories.close_round(conn, open_one.round_no, RoundStatus.CLOSED, None, [])
+        return replace(open_one, status=RoundStatus.CLOSED)
+
+    game.live.news.tell(RoundClosed(await game.db.write(write)))
 
 
 def names(page: Page) -> list[str]:

@@ -17,6 +17,7 @@ from condor_lite.report.events import announce
 from condor_lite.report.live import Live
 from condor_lite.report.metrics import Metrics
 from condor_lite.report.ready import ReadyMade, make
+from condor_lite.report.recount import Recount
 from condor_lite.report.replies import Reply, encode_rows, pack
 from condor_lite.report.sending import Sending
 from condor_lite.report.stream import Stream
@@ -55,13 +56,14 @@ class Context:
         self.readers = readers
         self.stream = Stream()
         self.sending = Sending()
+        self.recount = Recount(live.config.scoring.time_limit_s)
         announce(live, self.stream)
         self.metrics = Metrics(live)
         self.max_age_s = max(1, min(10, int(live.config.scoring.interval_s)))
         """How long a leaderboard is promised to hold, on the wall."""
         self._threads = asyncio.Semaphore(_THREADS)
         self._alone = asyncio.Semaphore(1)
-        self._process = asyncio.Semaphore(1)
+        self._recounting = asyncio.Semaphore(1)
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._ready: ReadyMade | None = None
         self._ready_for: Leaderboard | None = None
@@ -103,9 +105,9 @@ class Context:
         async with _turn(self._alone):
             return await anyio.to_thread.run_sync(work)
 
-    def process(self) -> AbstractAsyncContextManager[None]:
-        """For what needs a process of its own: one at a time. Raises Busy."""
-        return _turn(self._process)
+    def recounting(self) -> AbstractAsyncContextManager[None]:
+        """For `recount`: one at a time. Raises Busy."""
+        return _turn(self._recounting)
 
     def large(self) -> AbstractAsyncContextManager[None]:
         """For answers of thousands of rows, from the query to the body, and those that nobody else will ask

@@ -10,7 +10,6 @@ import orjson
 from condor_lite.errors import CondorError
 from condor_lite.explain import Evidence, Explanation, NotExplained, conclude, failed, gather, obstacle
 from condor_lite.game.scoring import SegmentScores
-from condor_lite.pool import ScoringPool
 from condor_lite.report import params
 from condor_lite.report.answers import PredictionDetail, moment_of_ms
 from condor_lite.report.context import Context, NotFound
@@ -50,16 +49,14 @@ async def prediction_detail(context: Context, sent: PredictionParams) -> Reply:
 
 
 async def _scores_anew(context: Context, evidence: Evidence) -> SegmentScores | str:
-    """In a process of its own, within the limits of live scoring: an answer may be made to take long."""
-    payload, limit_s = evidence.answer.payload, context.live.config.scoring.time_limit_s
+    """In a process of its own: an answer may be made to take long."""
+    payload = evidence.answer.payload
     assert payload is not None
-    async with context.process():
-        item = ScoringItem(
-            await context.alone(partial(compress, payload)), evidence.round.setting, evidence.realised
-        )
+    async with context.recounting():
+        body = await context.alone(partial(compress, payload))
+        item = ScoringItem(body, evidence.round.setting, evidence.realised)
         try:
-            async with ScoringPool(1, evidence.rules, limit_s) as pool:
-                scores = await pool.explain(item)
+            scores = await context.recount.scores(evidence.rules, item)
         except CondorError as error:
             return failed(error)
     return failed(scores) if isinstance(scores, str) else scores

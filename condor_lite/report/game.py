@@ -160,21 +160,26 @@ class RoundsParams:
 
 async def rounds(context: Context, sent: RoundsParams) -> Reply:
     """The rounds, newest first."""
-    before = sent.before
+    found, before = await find_rounds(context, sent)
+    headers = {"x-next-before": before} if before else {}
+    return await context.rows(found, _round_row, _BRIEFLY_S, headers)
+
+
+async def find_rounds(context: Context, sent: RoundsParams) -> tuple[list[Row], str | None]:
+    """A page of them, and what `before` is for the next one, where there is more."""
     found = await queries.rounds(
         context.readers,
         asset=sent.asset,
         horizon_s=sent.horizon,
         status=sent.status,
-        before_s=before.at_s if before else None,
-        before_round_no=before.round_no if before else None,
+        before_s=sent.before.at_s if sent.before else None,
+        before_round_no=sent.before.round_no if sent.before else None,
         limit=sent.limit + 1,
     )
-    headers = {}
-    if len(found) > sent.limit:
-        del found[sent.limit :]
-        headers["x-next-before"] = f"{found[-1]['scheduled_at_s']}_{found[-1]['round_no']}"
-    return await context.rows(found, _round_row, _BRIEFLY_S, headers)
+    if len(found) <= sent.limit:
+        return found, None
+    del found[sent.limit :]
+    return found, f"{found[-1]['scheduled_at_s']}_{found[-1]['round_no']}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ class PredictionsParams:
 
 
 async def predictions(context: Context, sent: PredictionsParams) -> Reply:
-    """What the models answered and how it was scored, oldest first; of more than `limit` the newest."""
+    """What the models answered and how it was scored, oldest first: the newest that there is room for."""
     start_s, end_s = _range(context, sent.start, sent.end)
     before = None
     if sent.before is not None:

@@ -8,6 +8,7 @@ begin with `{{ root }}`, which is `report.base_path`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from urllib.parse import quote, urlencode
 
 import orjson
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from condor_lite import __version__
 from condor_lite.report import bundle
@@ -185,6 +186,11 @@ def as_json(value: object) -> Markup:
     return Markup(text)  # noqa: S704 - escaped for where it stands
 
 
+def ticked(text: str) -> Markup:
+    """A docstring's text, with what it has in backticks as code."""
+    return Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
+
+
 _templates = Environment(
     loader=PackageLoader("condor_lite.report"),
     autoescape=select_autoescape(default=True),
@@ -204,6 +210,7 @@ _templates.filters.update(
     size=size,
     span=span,
     stamp=stamp,
+    ticked=ticked,
     time_of_day=time_of_day,
 )
 _templates.globals.update(plotly=bundle.ADDRESS, query=query, static=address)

@@ -8,10 +8,9 @@ from functools import partial
 from condor_lite.game.entities import RoundStatus
 from condor_lite.report import params
 from condor_lite.report.context import Context
-from condor_lite.report.game import RoundsParams, round_id
+from condor_lite.report.game import RoundsParams, find_rounds, round_id
 from condor_lite.report.pages.common import FOR_S, query, show
 from condor_lite.report.replies import Reply
-from condor_lite.storage import queries
 
 _LINES = 50
 
@@ -27,26 +26,13 @@ async def page(context: Context, sent: RoundsPageParams) -> Reply:
 
 
 async def _page(context: Context, sent: RoundsPageParams) -> Reply:
-    before = sent.before
-    found = await queries.rounds(
-        context.readers,
-        asset=sent.asset,
-        horizon_s=sent.horizon,
-        status=sent.status,
-        before_s=before.at_s if before else None,
-        before_round_no=before.round_no if before else None,
-        limit=sent.limit + 1,
-    )
+    found, before = await find_rounds(context, sent)
     filters = {
         "asset": sent.asset,
         "horizon": sent.horizon,
         "status": sent.status.value if sent.status else None,
         "limit": sent.limit if sent.limit != _LINES else None,
     }
-    older = None
-    if len(found) > sent.limit:
-        del found[sent.limit :]
-        older = query(**filters, before=f"{found[-1]['scheduled_at_s']}_{found[-1]['round_no']}")
     game = context.live.config.game
     return await show(
         context,
@@ -55,7 +41,7 @@ async def _page(context: Context, sent: RoundsPageParams) -> Reply:
         rounds=[(round_id(row), row) for row in found],
         sent=sent,
         is_filtered=any(filters.values()),
-        older=older,
+        older=query(**filters, before=before) if before else None,
         newest=query(**filters),
         assets=game.assets,
         horizons=sorted({setting.horizon_s for setting in game.settings}),

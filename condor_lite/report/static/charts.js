@@ -43,7 +43,10 @@
     gridcolor: colours.line, linecolor: colours.line, zerolinecolor: colours.strong, tickcolor: colours.line,
     automargin: true, fixedrange: true, ...more,
   });
-  const timeAxis = (more) => axis({ type: "date", showgrid: false, nticks: phone.matches ? 3 : 8, tickangle: 0, hoverformat: "%b %-d, %H:%M:%S", ...more });
+  // The day is short: plotly leaves a label out that would not fit at the edge.
+  const stops = [[null, 59999, "%H:%M:%S\n%b %-d"], [60000, 86399999, "%H:%M\n%b %-d"], [86400000, null, "%b %-d\n%Y"]]
+    .map(([from, to, value]) => ({ dtickrange: [from, to], value }));
+  const timeAxis = (more) => axis({ type: "date", showgrid: false, nticks: phone.matches ? 3 : 8, tickangle: 0, tickformatstops: stops, hoverformat: "%b %-d, %H:%M:%S", ...more });
   const layout = (more) => ({
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
@@ -114,7 +117,7 @@
         trace: { hovertemplate: `%{y:,.${decimals(data.p.find((price) => price !== null) ?? 1)}f}<extra></extra>`, connectgaps: false },
       });
       return [[trace], layout({
-        xaxis: timeAxis({ nticks: 4 }),
+        xaxis: timeAxis({ nticks: phone.matches ? 4 : 6 }),
         yaxis: axis({ side: "right", nticks: 5, tickformat: `,.${decimals(data.p.find((price) => price !== null) ?? 1)}~f` }),
       })];
     },
@@ -167,7 +170,7 @@
         };
       }), layout({
         hovermode: "closest",
-        xaxis: timeAxis({ nticks: 4 }),
+        xaxis: timeAxis({ nticks: phone.matches ? 4 : 6 }),
         yaxis: axis({ side: "right", type: "log", ticksuffix: " ms", nticks: 5, dtick: Math.max(...data.ms) / Math.min(...data.ms) > 20 ? 1 : undefined }),
       })];
     },
