@@ -301,7 +301,7 @@ async def test_a_source_that_wants_to_be_left_alone_is(source: WebSource, server
     server.faults = [Fault(429, headers=(("Retry-After", "40"),))]
     with pytest.raises(SourceError):
         await hour(source)
-    with pytest.raises(SourceError, match="left alone for 40 s more") as caught:
+    with pytest.raises(SourceError, match=r"left alone for 40 s more \(HTTP 429\)") as caught:
         await source.fetch("ETH", MINUTE_S - 60, MINUTE_S, 60)
     assert caught.value.retry_after_s == pytest.approx(40, abs=5)
     assert len(server.requests) == 1

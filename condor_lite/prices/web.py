@@ -95,6 +95,7 @@ class WebSource:
         )
         self._free_at_s = 0.0
         self._silent_until_s = 0.0
+        self._refused_with = 0
 
     def __str__(self) -> str:
         return self.name if self._base == self.base else f"{self.name} at {self._base}"
@@ -217,6 +218,7 @@ class WebSource:
         retry_after_s = retry_after_s or _PAUSES_S.get(reply.status_code)
         if reply.status_code != httpx.codes.OK and retry_after_s is not None:
             self._silent_until_s = time.monotonic() + retry_after_s
+            self._refused_with = reply.status_code
         return _Reply(reply.status_code, body, now_s, retry_after_s)
 
     async def _body(self, reply: httpx.Response, most_bytes: int) -> bytes:
@@ -248,7 +250,10 @@ class WebSource:
 
     def _respect_silence(self) -> None:
         if (left_s := self._silent_until_s - time.monotonic()) > 0:
-            raise SourceError(f"{self} asked to be left alone for {left_s:.0f} s more", retry_after_s=left_s)
+            raise SourceError(
+                f"{self} asked to be left alone for {left_s:.0f} s more (HTTP {self._refused_with})",
+                retry_after_s=left_s,
+            )
 
     def _check(self, reply: _Reply) -> None:
         """Raise SourceError where the answer is no candles."""
