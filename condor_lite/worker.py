@@ -79,8 +79,9 @@ class ScoringItem:
 class Outcome:
     """What became of a batch: `raw[k]` is NaN where item k was only validated, or has a reason.
 
-    `calibration[k]` are the sums of `game.calibration`, zeros there. `segments`: where they were asked for,
-    the scores of the segments of a single item that has no reason.
+    `calibration[k]` are the sums of `game.calibration`, zeros there. `spent_s`: of the processor, as busy
+    machines would otherwise make batches small, and each costs its way there and back. `segments`: where they
+    were asked for, the scores of the segments of a single item that has no reason.
     """
 
     raw: npt.NDArray[np.float64]
@@ -259,7 +260,7 @@ def run_validation(slot: int, items: Sequence[ValidationItem], careful: bool) ->
     worker, started_s = _ready()
     reasons = worker.validate(slot, items)
     worker.note(slot, FINISHED)
-    return Outcome(*_nothing(len(items)), reasons, time.monotonic() - started_s)
+    return Outcome(*_nothing(len(items)), reasons, time.process_time() - started_s)
 
 
 def run_scoring(slot: int, items: Sequence[ScoringItem], careful: bool) -> Outcome:
@@ -267,7 +268,7 @@ def run_scoring(slot: int, items: Sequence[ScoringItem], careful: bool) -> Outco
     worker, started_s = _ready()
     raw, calibration, reasons = worker.score(slot, items, careful)
     worker.note(slot, FINISHED)
-    return Outcome(raw, calibration, reasons, time.monotonic() - started_s)
+    return Outcome(raw, calibration, reasons, time.process_time() - started_s)
 
 
 def run_explanation(slot: int, items: Sequence[ScoringItem], careful: bool) -> Outcome:
@@ -279,7 +280,7 @@ def run_explanation(slot: int, items: Sequence[ScoringItem], careful: bool) -> O
     except _Failed as failure:
         reasons[0] = str(failure)
     worker.note(slot, FINISHED)
-    return Outcome(*_nothing(1), reasons, time.monotonic() - started_s, segments)
+    return Outcome(*_nothing(1), reasons, time.process_time() - started_s, segments)
 
 
 def _nothing(items: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -293,7 +294,7 @@ def _ready() -> tuple[Worker, float]:
     signal.signal(signal.SIGALRM, _ring)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    return _worker, time.monotonic()
+    return _worker, time.process_time()
 
 
 def _ring(signum: int, frame: FrameType | None) -> None:
