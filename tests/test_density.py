@@ -215,6 +215,8 @@ FAULTS: list[tuple[Any, str]] = [
     ({"type": "discrete", "points": {"1e999": 1}}, "point '1e999' is not a finite number"),
     ({"type": "discrete", "points": {"1_0": 1}}, "point '1_0' is not a finite number"),
     ({"type": "discrete", "points": {" 1": 1}}, "point ' 1' is not a finite number"),
+    ({"type": "discrete", "points": {"0": 1, "1\n": 1}}, "point '1\\n' is not a finite number"),
+    ({"type": "discrete", "points": {"0": 1, "1,\t2": 1}}, "point '1,\\t2' is not a finite number"),
     ({"type": "discrete", "points": {"\u0661": 1}}, "point '\\u0661' is not a finite number"),
     ({"type": "discrete", "points": {"1e10": 1}}, "values must be between -1e+09 and 1e+09"),
     ({"type": "discrete", "values": ["0.1"], "weights": [1]}, "values must be a number"),

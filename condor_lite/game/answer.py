@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, NoReturn
 
+import msgspec
 import numpy as np
 
 from condor_lite.errors import InvalidAnswer
 from condor_lite.game.entities import Setting
-from condor_lite.game.families import BY_NAME, NORM, POINT
-from condor_lite.game.mixture import Densities
+from condor_lite.game.families import BY_NAME, NORM, POINT, Floats
+from condor_lite.game.mixture import Densities, Ints
 
 ENVELOPE_BYTES = 16 * 1024
 LOWEST_SCALE, HIGHEST_SCALE = 1e-9, 1e9
@@ -42,6 +44,7 @@ class Limits:
 
 # Python's own floats would also read "nan", "1_0", " 1" and digits of other scripts.
 _NUMERAL = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_NUMBERS = msgspec.json.Decoder(list[float])
 _ONE_NUMERAL = re.compile(_NUMERAL)
 _NUMERALS = re.compile(f"{_NUMERAL}(?:,{_NUMERAL})*")
 
@@ -49,6 +52,9 @@ _PARAMETERS = {
     name: frozenset({"loc", "scale", *(shape.name for shape in family.shapes)})
     for name, (_, family) in BY_NAME.items()
 }
+
+
+_NO_MASS = "{} must sum to more than 0"
 
 
 class _FaultError(Exception):
@@ -92,10 +98,18 @@ def _shares(weights: list[float], field: str) -> list[float]:
     """
     largest = max(weights)
     if largest <= 0.0:
-        _fail(f"{field} must sum to more than 0")
+        _fail(_NO_MASS.format(field))
     ratios = [weight / largest for weight in weights]
     *_, total = accumulate(ratios)
     return [ratio / total for ratio in ratios]
+
+
+def _all_shares(weights: Sequence[list[float]], owner: Ints) -> Floats:
+    """Each list's `_shares`, to the last bit, one after another; `owner`: the place of an element's list."""
+    ratios = np.array(list(chain.from_iterable(weights)))
+    ratios /= np.array(list(map(max, weights)))[owner]
+    ratios /= np.bincount(owner, ratios)[owner]
+    return ratios
 
 
 class Reader:
@@ -128,11 +142,12 @@ class Reader:
         table = np.array(self.rows, np.float64).reshape(-1, 7)
         if self.points:
             counts = [len(places) for *_, places in self.points]
-            points = np.zeros((sum(counts), 7))
-            points[:, 0] = np.repeat([k for k, *_ in self.points], counts)
+            owner = np.repeat(np.arange(len(counts)), counts)
+            points = np.zeros((len(owner), 7))
+            points[:, 0] = np.array([k for k, *_ in self.points])[owner]
             points[:, 1] = POINT
-            points[:, 2] = list(chain.from_iterable(shares for _, _, shares, _ in self.points))
-            points[:, 2] *= np.repeat([share for _, share, *_ in self.points], counts)
+            points[:, 2] = _all_shares([masses for _, _, masses, _ in self.points], owner)
+            points[:, 2] *= np.array([share for _, share, *_ in self.points])[owner]
             points[:, 3] = list(chain.from_iterable(places for *_, places in self.points))
             points[:, 4] = 1.0
             table = np.concatenate([table, points])
@@ -296,12 +311,13 @@ class Reader:
         masses = self._numbers(weights, "a probability")
         if min(masses) < 0.0:
             _fail("probabilities must be >= 0")
-        shares = _shares(masses, "probabilities")
+        if max(masses) <= 0.0:
+            _fail(_NO_MASS.format("probabilities"))
         furthest = FURTHEST * self.unit
         if not (min(places) >= -furthest and max(places) <= furthest):
             _fail(f"values must be between {-furthest:g} and {furthest:g}")
         self._count()
-        self.points.append((k, share, shares, places))
+        self.points.append((k, share, masses, places))
 
     @staticmethod
     def _numerals(keys: Collection[str], *, bare: bool) -> list[float]:
@@ -310,10 +326,15 @@ class Reader:
             return []
         joined = ",".join(keys)
         # By number, too: a key with a comma in it is no two numerals.
-        if joined.count(",") == len(keys) - 1 and _NUMERALS.fullmatch(joined):
-            places = list(map(float, keys))
-            if all(map(math.isfinite, places)):
-                return places
+        if joined.count(",") == len(keys) - 1:
+            # As JSON's own numbers, which most are, they are read in a quarter of the time.
+            with suppress(msgspec.DecodeError):
+                if joined.isascii() and joined.split() == [joined]:  # JSON has room between numbers
+                    return _NUMBERS.decode(f"[{joined}]")
+            if _NUMERALS.fullmatch(joined):
+                places = list(map(float, keys))
+                if all(map(math.isfinite, places)):
+                    return places
         wrong = next(key for key in keys if not (_ONE_NUMERAL.fullmatch(key) and math.isfinite(float(key))))
         if bare:
             _fail(f"type is missing ({_quoted(wrong)} is no number, so this is no discrete distribution)")
