@@ -421,15 +421,18 @@ async def test_an_answer_that_can_t_be_scored_again_holds_nobody_up(
 ) -> None:
     harmful = orjson.dumps([{"type": "builtin", "name": "norm", "params": {"loc": GUILTY, "scale": 1}}] * 6)
 
-    def change(conn: sqlite3.Connection) -> None:
-        conn.execute("UPDATE payload SET body = ?", (compress(harmful),))
-        conn.execute("UPDATE scorer SET rule = ?, rules = NULL", (f"tests.rules:{harm}",))
+    def change(conn: sqlite3.Connection, payload: bytes, rule: str) -> None:
+        conn.execute("UPDATE payload SET body = ?", (compress(payload),))
+        conn.execute("UPDATE scorer SET rule = ?, rules = NULL", (rule,))
 
     async with serve(tmp_path, '[scoring]\ntime_limit = "1s"') as game:
         await play(game)
-        await game.db.write(change)
+        await game.db.write(change, harmful, f"tests.rules:{harm}")
         body = await game.get(f"/rounds/{BTC_ROUND}/predictions/1")
+        await game.db.write(change, normals(6, 0.0004), "crps")
+        healed = await game.get(f"/rounds/{BTC_ROUND}/predictions/1")
 
+    assert healed["reason"] is None
     assert says in body["reason"]
     assert body["densities"] == orjson.loads(harmful)
     assert body["segment_scores"] is None
