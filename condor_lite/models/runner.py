@@ -170,7 +170,7 @@ class Connection(DynamicSubclassModelRunner):
         self.grpc_options += [
             ("grpc.max_receive_message_length", self._max_reply_bytes + _REPLY_OVERHEAD_BYTES),
             ("grpc.max_send_message_length", -1),
-            # A ping with each reply, to learn how fast the line is: a third of what a call costs both sides.
+            # No ping with each reply to learn how fast the line is: with the server's own, a third of a call.
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", _AHEAD_BYTES),
         ]
