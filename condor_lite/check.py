@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import importlib.util
+import multiprocessing
 import os
 import resource
 import shutil
@@ -59,12 +60,12 @@ def check(config: Config) -> list[str]:
 
 
 def obstacles(config: Config) -> list[str]:
-    """What keeps the game from starting at all: SQLite, folder, lock, database, ports, rule, keys, sandbox.
-
-    Quick.
+    """What keeps the game from starting at all: SQLite, /dev/shm, folder, lock, database, ports, rule, keys,
+    sandbox. Quick.
     """
     return [
         *_sqlite(),
+        *_shared_memory(),
         *_storage(config),
         *_ports(config),
         *_rule(config),
@@ -78,6 +79,16 @@ def _sqlite() -> Iterator[str]:
         require_sqlite()
     except StorageError as error:
         yield str(error)
+
+
+def _shared_memory() -> Iterator[str]:
+    try:
+        multiprocessing.get_context("fork").Lock()  # of any other kind, it starts a process
+    except OSError as error:
+        yield (
+            f"the scoring processes need a /dev/shm that they can write ({error.strerror}); give the container "
+            "or the service one of its own, a tmpfs"
+        )
 
 
 def _storage(config: Config) -> Iterator[str]:

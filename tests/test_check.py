@@ -1,6 +1,7 @@
 """What `check` finds in the environment, and that it leaves nothing behind."""
 
 import asyncio
+import errno
 import os
 import resource
 import shutil
@@ -277,6 +278,17 @@ def test_an_old_sqlite_is_named(read: Callable[..., Config], monkeypatch: pytest
     monkeypatch.setattr(checking, "require_sqlite", lambda: real((3, 36, 0)))
     (problem,) = obstacles(read())
     assert problem.startswith("SQLite 3.36.0 is too old")
+
+
+def test_shared_memory_that_can_not_be_written_is_named(
+    read: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(context: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("multiprocessing.context.BaseContext.Lock", refused)
+    (problem,) = obstacles(read())
+    assert problem.startswith("the scoring processes need a /dev/shm that they can write (Permission denied)")
 
 
 def test_a_recording_is_read_and_its_start_checked(read: Callable[..., Config], tmp_path: Path) -> None:
