@@ -86,8 +86,8 @@ def _shared_memory() -> Iterator[str]:
         multiprocessing.get_context("fork").Lock()  # of any other kind, it starts a process
     except OSError as error:
         yield (
-            f"the scoring processes need a /dev/shm that they can write ({error.strerror}); give the container "
-            "or the service one of its own, a tmpfs"
+            f"the scoring processes need a /dev/shm that they can write ({error.strerror}); give the "
+            "container or the service one of its own, a tmpfs"
         )
 
 

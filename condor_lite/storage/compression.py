@@ -39,8 +39,8 @@ _STAND_IN, _ZERO = b"10"  # as numbers, 49 and 48
 _LONGEST_RUN = 255  # a length is a byte
 _MOST_ZEROS = 8  # left in the frame before a run
 
-# An answer of 60 segments takes 90 us, half of them in `_split`; higher levels gain little. Among digits a match
-# of fewer than 6 bytes costs more than it saves.
+# An answer of 60 segments takes 90 us, half of them in `_split`; higher levels gain little. Among digits a
+# match of fewer than 6 bytes costs more than it saves.
 _LEVEL = 5
 _SHORTEST_MATCH = 6
 _LARGE_BYTES = 256 * 1024  # a larger answer would hold up others for longer than it gains
