@@ -22,6 +22,7 @@ import structlog
 
 from condor_lite.clock import Clock
 from condor_lite.config import BackupConfig
+from condor_lite.storage.backup import part_of
 
 log = structlog.get_logger()
 
@@ -29,6 +30,7 @@ _STAMP = "%Y%m%dT%H%M%SZ"
 _RETRY_S = 600.0
 _LOOK_S = 600.0
 _MOST_S = 3600.0  # one that takes longer hangs, and holds the write-ahead log
+_PATIENCE_S = 1.0
 _LEFT_AFTER_S = 3600.0  # a copy that nobody wrote to for so long is a killed process's
 
 
@@ -124,6 +126,8 @@ class Backups:
             if process.returncode is None:
                 with anyio.CancelScope(shield=True):
                     await _end(process)
+                    part = part_of(target, process.pid)
+                    await asyncio.to_thread(_delete, part, part.with_name(f"{part.name}-journal"))
         if process.returncode:
             return said.decode(errors="replace").strip() or f"it ended with code {process.returncode}"
         return None
@@ -151,11 +155,17 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     with suppress(ProcessLookupError):
         process.terminate()
         with suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(_PATIENCE_S):
                 await process.wait()
                 return
         process.kill()
         await process.wait()
+
+
+def _delete(*paths: Path) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _time_s(stamp: str) -> float:

@@ -502,7 +502,11 @@ async def test_a_backup_that_fails_is_told_and_tried_again(tmp_path: Path) -> No
         assert backups.state == BackupState(None, 0.0)
 
 
-async def test_a_backup_ends_with_its_game(tmp_path: Path) -> None:
+@pytest.mark.parametrize("patience_s", [60.0, 0.0])
+async def test_a_backup_ends_with_its_game(
+    patience_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("condor_lite.backup._PATIENCE_S", patience_s)
     folder = tmp_path / "backups"
     async with stored(tmp_path, 400_000) as db:
         async with anyio.create_task_group() as tasks:

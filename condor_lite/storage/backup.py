@@ -122,6 +122,11 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
+def part_of(target: Path, pid: int) -> Path:
+    """What process `pid` writes before it becomes `target`."""
+    return target.with_name(f".{target.name}.{pid}.part")
+
+
 @contextmanager
 def _copied(connection: sqlite3.Connection, target: Path, log: Path, mode: int, tell: Told) -> Iterator[Path]:
     """A sound copy beside `target`, on disk; it is gone at the end unless it was given another name."""
@@ -129,7 +134,7 @@ def _copied(connection: sqlite3.Connection, target: Path, log: Path, mode: int, 
         "SELECT (page_count - freelist_count) * page_size "
         "FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
     ).fetchone()
-    copy = target.with_name(f".{target.name}.{os.getpid()}.part")
+    copy = part_of(target, os.getpid())
     with _folder_of(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(target.parent).free
