@@ -75,8 +75,12 @@ class Board:
         """Add a round that was stored just now; `times` as in `brief_rows`."""
         if self._sums is not None:
             key, at_s = round_.setting.key, round_.resolvable_at_s
-            await asyncio.to_thread(self._sums.add, key, at_s, result)
-            await asyncio.to_thread(self._calibration.add, brief_rows(key, at_s, added, times))
+            try:
+                await asyncio.to_thread(self._sums.add, key, at_s, result)
+                await asyncio.to_thread(self._calibration.add, brief_rows(key, at_s, added, times))
+            except BaseException:
+                self.distrust()
+                raise
 
     async def publish_anew(self) -> None:
         """A leaderboard from all that is stored now; it is not kept."""

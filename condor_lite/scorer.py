@@ -320,6 +320,8 @@ class Scorer:
         self._troubles.pop(_no(round_), None)
         if self._again:
             return
+        if saved and not isinstance(result, VoidRound):
+            await self.board.add(round_, result, added, times)
         if task.unchecked:
             self._tell_checked(round_, task.payloads, failures, done)
         elif failures:
@@ -336,7 +338,6 @@ class Scorer:
         elif saved:
             done["rounds"] += 1
             done["answers"] += len(answers) - len(failures)
-            await self.board.add(round_, result, added, times)
             log.debug("round_scored", round_id=round_.round_id, answers=len(answers), median=result.median)
             self._tell(RoundSettled(replace(settled, status=RoundStatus.SCORED)))
 

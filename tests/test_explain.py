@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from condor_lite.clock import SteppedClock
+from condor_lite.errors import StorageError
 from condor_lite.explain import Explanation, NotExplained, explain, explain_round
 from condor_lite.game.entities import AnswerStatus
 from condor_lite.storage.database import open_read_only
@@ -149,6 +150,17 @@ async def test_the_text_has_all_digits(rule: str, tmp_path: Path) -> None:
     assert lines[-1].endswith(f"= {formula}")
     assert f"rule     {rule} on log_return, scorer version 1" in lines
     assert everybody.count("SUCCESS") == 3
+
+
+async def test_a_damaged_answer_is_named(tmp_path: Path) -> None:
+    async with playing(tmp_path) as game:
+        await explained(game)
+        await game.db.write(lambda conn: conn.execute("UPDATE payload SET body = x'01020304ff'") and None)
+        with (
+            closing(open_read_only(game.config.storage.path)) as conn,
+            pytest.raises(StorageError, match="the stored answer of id-sharp is damaged"),
+        ):
+            explain(conn, game.config, ROUND, "id-sharp")
 
 
 async def test_a_rejected_answer_names_the_first_offending_field(tmp_path: Path) -> None:

@@ -422,6 +422,22 @@ async def test_kept_hours_equal_those_summed_anew(tmp_path: Path, monkeypatch: p
     assert all(one.briefs.any() for one in after.values() if one.rounds)
 
 
+async def test_a_clock_that_leaps_keeps_no_hour_of_the_week_before(tmp_path: Path) -> None:
+    async with playing(tmp_path) as game:
+        await game.round(START_S)
+        await game.prices(START_S, START_S + 600)
+        await game.clock.run_until(START_S + 600)
+        await game.another_loop().finish()
+        week_later_s = START_S // 3600 * 3600 + 168 * 3600
+        clock = SteppedClock(week_later_s - 1)
+        board = Board(game.config, clock, game.db, load_rule("crps"), 1, lambda _: None)
+        await board.publish(changed=True)
+        await clock.run_until(week_later_s + 2 * 3600)  # a machine that was suspended, between the two
+        await board.keep()
+        kept = await game.rows("SELECT DISTINCT hour_s FROM hour_sum")
+    assert not kept
+
+
 async def test_an_error_in_one_round_delays_no_other_and_ends_as_a_void(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

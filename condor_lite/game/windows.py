@@ -165,7 +165,9 @@ class WindowSums:
         )
 
     def rounds(self, setting: Setting, hour: int) -> int:
-        """How many rounds are in the sums of an hour that is held."""
+        """How many rounds are in the sums of an hour; 0 where it is not held."""
+        if not self._newest_hour - SLOTS < hour <= self._newest_hour:
+            return 0
         return int(self._sums[Sum.ROUNDS, self._by_key[setting.key], hour % SLOTS, GAME])
 
     def of_hour(self, setting: Setting, hour: int, briefs: BriefSums) -> HourSums:

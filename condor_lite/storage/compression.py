@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from condor_lite.errors import StorageError
+
 Places = npt.NDArray[np.intp]
 
 # What short answers share: 6 segments of normals keep 35 % of their bytes without it, 24 % with it.
@@ -97,6 +99,16 @@ def decompress(body: bytes) -> bytes:
     payload[::2] = rest[:last].split(b"%c" % _STAND_IN)
     payload[1::2] = map(BytesIO(rest[last:]).read, lengths)
     return b"".join(payload)
+
+
+def restored(body: bytes, whose: str) -> bytes:
+    """`decompress`, where somebody looks at the answer. Raises StorageError where the file is damaged."""
+    try:
+        return decompress(body)
+    except (zstandard.ZstdError, ValueError, IndexError) as error:
+        raise StorageError(
+            f"the stored answer of {whose} is damaged ({error}); restore the database from a backup"
+        ) from error
 
 
 def whole_bytes(body: bytes) -> int:

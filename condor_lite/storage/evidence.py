@@ -9,7 +9,7 @@ from typing import Any
 
 from condor_lite.game.entities import AnswerStatus, Round
 from condor_lite.game.scoring import Rules
-from condor_lite.storage.compression import decompress
+from condor_lite.storage.compression import restored
 from condor_lite.storage.repositories import select_rounds
 from condor_lite.storage.rescores import load_rules
 
@@ -127,5 +127,5 @@ def find_answers(
 
 def _answer(row: Sequence[Any]) -> AnswerEvidence:
     model_id, name, status, *rest, body = row
-    payload = None if body is None else decompress(body)
+    payload = None if body is None else restored(body, model_id)
     return AnswerEvidence(model_id, name, AnswerStatus(status), *rest, payload)  # type: ignore[call-arg]

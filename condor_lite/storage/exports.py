@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
-import zstandard
 
-from condor_lite.errors import StorageError
-from condor_lite.storage.compression import decompress
+from condor_lite.storage.compression import restored
 from condor_lite.storage.queries import ANSWER, NEWEST, RESULT
 
 Row = tuple[Any, ...]
@@ -218,11 +216,7 @@ def _reader(
 def _whole(row: Row) -> str | None:
     """The answer in a row's last column, as it was sent."""
     body = row[-1]
-    try:
-        return None if body is None else decompress(body).decode(errors="replace")
-    except (zstandard.ZstdError, ValueError, IndexError) as error:
-        what = f"the stored answer of {row[5]} in {row[0]} is damaged ({error})"
-        raise StorageError(f"{what}; restore the database from a backup") from error
+    return None if body is None else restored(body, f"{row[5]} in {row[0]}").decode(errors="replace")
 
 
 def _columns(columns: _Selected) -> tuple[Column, ...]:

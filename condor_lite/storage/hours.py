@@ -60,7 +60,9 @@ def hours_to_sum(
     settings: Sequence[Setting],
     since_s: float,
 ) -> set[int]:
-    """The hours (`hour_s >= since_s`) with a round of these settings that is not in what is kept."""
+    """The hours (`hour_s >= since_s`) of which, for one of these settings, not as many rounds are kept as are
+    scored.
+    """
     asked = {_parts(setting) for setting in settings}
     scored = conn.execute(
         "SELECT asset, horizon_s, step_s, resolvable_at_s / ? * ? AS hour_s, count(*) "
@@ -73,7 +75,7 @@ def hours_to_sum(
         "WHERE scorer_version = ? AND hour_s >= ? AND benchmark IS ?",
         (scorer_version, since_s, benchmark),
     )
-    return {row[3] for row in {row for row in scored if row[:3] in asked} - set(kept)}
+    return {row[3] for row in set(scored) ^ set(kept) if row[:3] in asked}
 
 
 def load_hours(
