@@ -117,8 +117,11 @@ def _stored_time(config: Config) -> Iterator[str]:
     database = config.storage.path
     if config.feed.simulated or not database.is_file() or any(_database(database)):
         return
-    with _reading(database) as connection:
-        ahead_s = (repositories.load_clock(connection) or 0.0) - machine_s()
+    try:
+        with _reading(database) as connection:
+            ahead_s = (repositories.load_clock(connection) or 0.0) - machine_s()
+    except sqlite3.Error:  # one that was never filled
+        return
     if ahead_s > _AHEAD_S:
         yield (
             f"{database}: its game is {timedelta(seconds=round(ahead_s))} ahead of this machine's clock; if "

@@ -28,6 +28,8 @@ class Clock(Protocol):
     """What the game asks of time. `speed` is game seconds per wall second."""
 
     speed: float
+    leapt_to_s: float
+    """Where it last went on after a leap: what lies before, the game has not seen pass."""
 
     @property
     def doubt(self) -> str | None:
@@ -61,6 +63,7 @@ class GameClock:
 
     doubt: str | None = None
     trouble: str | None = None
+    leapt_to_s = 0.0
     _LONGEST_SLEEP_S = 5.0  # on the wall: a clock that is set forward is noticed within that
 
     def __init__(self, start_s: float | None = None, speed: float = 1.0) -> None:
@@ -120,12 +123,15 @@ class LiveClock(GameClock):
     def told(self, at_s: float) -> None:
         """Somebody who knows says that it is `at_s`: the machine's clock is right, or wrong by so much."""
         wall_s, own_s = time.time(), self.line_s
+        before_s = own_s
         if abs(wall_s - at_s) <= LEAP_S:
             own_s = wall_s
         elif abs(own_s - at_s) > LEAP_S:
             own_s = at_s
         self._line = own_s, time.monotonic()
         self._known_gap_s = wall_s - own_s
+        if abs(own_s - before_s) > LEAP_S:
+            self.leapt_to_s = own_s
 
     def go_back(self, not_before_s: float) -> None:
         """Forget how far the game had gone ahead, but for `not_before_s`."""
@@ -168,6 +174,7 @@ class SteppedClock:
 
     doubt: str | None = None
     trouble: str | None = None
+    leapt_to_s = 0.0
     _PASSES = 25  # turns of the event loop without a hold after which everybody is taken to be asleep
 
     def __init__(self, start_s: float, speed: float = 1.0) -> None:

@@ -215,6 +215,7 @@ class Scorer:
                     round_,
                     settle_delay_s=scoring.settle_delay_s,
                     void_after_s=scoring.void_after_s,
+                    leapt_to_s=self._clock.leapt_to_s,
                 )
                 for round_ in new
             ]
@@ -240,7 +241,10 @@ class Scorer:
             for round_ in coming
             if round_.resolvable_at_s > until_s
         ]
-        times_s += [round_.resolvable_at_s + scoring.void_after_s for round_ in waiting.values()]
+        times_s += [
+            max(round_.resolvable_at_s, self._clock.leapt_to_s) + scoring.void_after_s
+            for round_ in waiting.values()
+        ]
         times_s += [trouble.retry_at_s for trouble in self._troubles.values()]
         return min(times_s, default=math.inf)
 

@@ -283,9 +283,14 @@ async def run(config: Config, reloader: Reloader) -> bool:
     return not game.journal.waiting
 
 
+async def _ahead_and_stored(game: Game) -> None:
+    await game.ahead.wait()
+    await game.journal.flushed()  # what waits there would end with the game
+
+
 async def _is_to_start_again(game: Game, stop: asyncio.Event) -> bool:
     """Wait until the game is to end; whether another one is to begin then."""
-    waits = [asyncio.ensure_future(event.wait()) for event in (stop, game.ahead)]
+    waits = [asyncio.ensure_future(wait) for wait in (stop.wait(), _ahead_and_stored(game))]
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -280,6 +280,13 @@ def test_an_old_sqlite_is_named(read: Callable[..., Config], monkeypatch: pytest
     assert problem.startswith("SQLite 3.36.0 is too old")
 
 
+def test_a_database_that_was_never_filled_is_no_problem(read: Callable[..., Config]) -> None:
+    config = read(FEED__SOURCE="coinbase", GAME__SPEED="1")
+    config.storage.path.parent.mkdir(exist_ok=True)
+    config.storage.path.touch()
+    assert not [problem for problem in check(config) if "ahead" in problem]
+
+
 def test_shared_memory_that_can_not_be_written_is_named(
     read: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

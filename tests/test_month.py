@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from benchmarks.month import RETENTION_DAYS, month, stored
 
 pytestmark = pytest.mark.anyio
+
+SHARED_THREADS = min(32, (os.cpu_count() or 1) + 4)  # of asyncio's executor, started as they are needed
 
 
 async def test_nothing_grows_once_the_retention_period_is_over(tmp_path: Path) -> None:
@@ -22,11 +25,11 @@ async def test_nothing_grows_once_the_retention_period_is_over(tmp_path: Path) -
         assert size.file_bytes < 1.03 * flat[0].file_bytes
         assert size.log_bytes < 8 * 2**20
         assert size.descriptors <= sizes[1].descriptors + 2
-        assert size.threads <= sizes[1].threads + 1
+        assert size.threads <= sizes[1].threads + SHARED_THREADS
         assert size.rss_bytes < 1.1 * sizes[1].rss_bytes
 
 
-@pytest.mark.parametrize(("digits", "share"), [(0, 0.10), (6, 0.20), (17, 0.25)])
+@pytest.mark.parametrize(("digits", "share"), [(0, 0.10), (6, 0.20), (17, 0.20)])
 def test_a_prediction_takes_a_small_part_of_its_json(digits: int, share: float) -> None:
     sent, whole, bare = stored(digits, models=10, hours=2)
     assert whole < share * sent

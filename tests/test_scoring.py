@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -727,6 +728,12 @@ def test_a_round_waits_for_its_prices_to_be_final(newest: int | None, now: float
     assert told == (
         "no price of BTC came within 7200 s of the end of the round" if expected == "void" else expected
     )
+
+
+def test_time_that_the_game_did_not_see_pass_voids_nothing() -> None:
+    told = partial(verdict, T0 + 299, round_=Round("BTC", 300, 60, T0), settle_delay_s=60, void_after_s=7200)
+    assert told(now_s=T0 + 97_199, leapt_to_s=T0 + 90_000.0) == WAIT
+    assert told(now_s=T0 + 97_200, leapt_to_s=T0 + 90_000.0) not in (WAIT, SCORE)
 
 
 def test_workers_start_without_heavy_imports() -> None:

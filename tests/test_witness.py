@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
 
 from condor_lite.clock import LiveClock
 from condor_lite.config import Config, load
 from condor_lite.prices.coinbase import CoinbaseSource
+from condor_lite.prices.source import Source
 from condor_lite.prices.witness import Witness
 from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
@@ -39,9 +43,11 @@ class Scene:
     def __init__(self, machine: Machine, server: PriceServer, config: Config) -> None:
         self.machine, self.server, self.config = machine, server, config
         self.source = CoinbaseSource(config.feed)
+        self._witness: Witness | None = None
 
     async def asks(self, clock: LiveClock) -> bool:
-        return await Witness(self.config, clock, [self.source], lambda: None).look()
+        self._witness = self._witness or Witness(self.config, clock, [self.source], lambda: None)
+        return await self._witness.look()
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ async def test_a_machine_that_was_suspended_is_believed(scene: Scene, dated: boo
     assert clock.doubt
     assert clock.now() == START_S
     assert await scene.asks(clock)
-    assert clock.now() == START_S + 3 * HOUR_S
+    assert clock.now() == clock.leapt_to_s == START_S + 3 * HOUR_S
     assert clock.trouble is None
 
 
@@ -105,10 +111,43 @@ async def test_a_source_in_trouble_is_no_witness_even_if_it_tells_its_time(scene
 async def test_a_sources_wrong_clock_moves_nothing(scene: Scene) -> None:
     true = scene.server.now
     clock = LiveClock()
+    assert await scene.asks(clock)
     scene.server.now = lambda: true() + YEAR_S
     assert await scene.asks(clock)
     assert clock.now() == START_S
     assert clock.trouble is None
+
+
+async def test_a_machine_that_starts_behind_is_not_believed_against_later_prices(scene: Scene) -> None:
+    scene.machine.at_s -= 5 * HOUR_S  # one without a clock of its own wakes where it was turned off
+    clock = LiveClock(START_S - 5 * HOUR_S)
+    assert await scene.asks(clock)
+    assert clock.now() == pytest.approx(START_S, abs=2)
+    assert clock.trouble == "the machine's clock is 5:00:00 behind that of the prices, which the game goes by"
+
+
+async def test_a_silent_source_keeps_no_other_from_being_asked(scene: Scene) -> None:
+    class Dead(CoinbaseSource):
+        async def fetch(self, *question: Any) -> Any:
+            await asyncio.Event().wait()
+
+    scene.machine.sleeps(3 * HOUR_S)
+    clock = LiveClock(START_S)
+    dead = Dead(scene.config.feed)
+    with anyio.fail_after(9):  # less than one time-out
+        assert await Witness(scene.config, clock, [dead, scene.source], lambda: None).look()
+    await dead.aclose()
+    assert clock.now() == START_S + 3 * HOUR_S
+
+
+async def test_a_source_that_answers_nonsense_is_no_witness(scene: Scene) -> None:
+    class Own(Source):
+        name = "own"
+
+        async def fetch(self, *question: Any) -> Any:
+            return None
+
+    assert not await Witness(scene.config, LiveClock(START_S), [Own()], lambda: None).look()
 
 
 @pytest.mark.parametrize("dated", [True, False])

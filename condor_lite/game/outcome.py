@@ -126,19 +126,26 @@ def _sources(source: Sources, last: npt.NDArray[np.intp], unknown: npt.NDArray[n
 
 
 def verdict(
-    newest_s: int | None, now_s: float, round_: Round, *, settle_delay_s: int, void_after_s: int
+    newest_s: int | None,
+    now_s: float,
+    round_: Round,
+    *,
+    settle_delay_s: int,
+    void_after_s: int,
+    leapt_to_s: float = 0.0,
 ) -> str:
     """`WAIT`, `SCORE` (its prices can no longer change), or the reason why the round is void.
 
     `newest_s` is the asset's newest price, `now_s` the game's clock. That one may be trusted to void for want
     of prices: it goes on by seconds, whether or not prices come, but leaps only where a source of prices
-    confirms it (`clock.LiveClock`). So a feed that is gone for good voids in `void_after` of the time that
-    the game has seen pass, and a machine's clock that is set ahead voids nothing. Whether enough segments are
-    resolved shows once the outcome is known: `Realised.void_reason`.
+    confirms it (`clock.LiveClock`), and what lies before `leapt_to_s` it has not seen pass. So a feed that is
+    gone for good voids in `void_after` of the time that the game has seen pass, and a machine's clock that is
+    set ahead voids nothing. Whether enough segments are resolved shows once the outcome is known:
+    `Realised.void_reason`.
     """
     resolvable_at_s = round_.resolvable_at_s
     if newest_s is not None and newest_s >= resolvable_at_s:
         return SCORE if now_s >= resolvable_at_s + settle_delay_s else WAIT
-    if now_s >= resolvable_at_s + void_after_s:
+    if now_s >= max(resolvable_at_s, leapt_to_s) + void_after_s:
         return f"no price of {round_.asset} came within {void_after_s} s of the end of the round"
     return WAIT

@@ -60,6 +60,7 @@ class Witness:
         self._tick_s = config.feed.tick_s
         self._fresh_s = int(config.feed.max_staleness_s + LEAP_S)
         self._on_ahead = on_ahead
+        self._known = False  # what time it is, by any source since the start
 
     async def confirm(self, db: Database) -> None:
         """Before anything goes by the clock: look, and set the game's time back where it is ahead."""
@@ -93,13 +94,23 @@ class Witness:
                 self._on_ahead()
 
     async def look(self) -> bool:
-        """Ask the sources, one after another, until one knows what time it is; whether one did."""
-        for source in self._sources:
+        """Ask the sources, all at once, until one knows what time it is; whether one did."""
+        known: list[float] = []
+
+        async def ask(source: Source) -> None:
             for asset in self._assets:
                 if (at_s := await self._said(source, asset)) is not None:
-                    self._clock.told(at_s)
-                    return True
-        return False
+                    if not known:
+                        known.append(at_s)
+                        self._clock.told(at_s)
+                        self._known = True
+                    tasks.cancel_scope.cancel()
+                    return
+
+        async with anyio.create_task_group() as tasks:
+            for source in self._sources:
+                tasks.start_soon(ask, source)
+        return bool(known)
 
     def _contradicted(self) -> bool:
         return any(
@@ -112,28 +123,36 @@ class Witness:
         before_s, skew_s = machine_s(), source.skew_s
         points = await self._fetched(source, asset, before_s)
         is_back = before_s < self._clock.line_s - LEAP_S
+        ahead_s = source.skew_s or 0.0
         if points and not is_back:
+            if ahead_s > LEAP_S and not self._known:
+                # What was fresh long ago proves nothing against the source's own clock and later prices.
+                later = await self._fetched(source, asset, machine_s() + ahead_s)
+                if later and max(later)[0] > machine_s() + LEAP_S:
+                    return machine_s() + ahead_s
             return machine_s()
         if source.skew_s is not None and (points is not None or source.skew_s != skew_s):
             at_s = machine_s() + source.skew_s
             if _agree(at_s, machine_s()) or _agree(at_s, self._clock.line_s):
                 return at_s
-            return at_s if await self._fetched(source, asset, at_s) else None
-        if points:
-            later = await self._fetched(source, asset, before_s + self._fresh_s + LEAP_S)
-            return machine_s() if later == [] else None
+            return machine_s() + source.skew_s if await self._fetched(source, asset, at_s) else None
+        if points:  # asked for what is there, too: a source may refuse to say that it has nothing
+            points = await self._fetched(source, asset, before_s + self._fresh_s + LEAP_S, 2 * self._fresh_s)
+            return machine_s() if points and max(points)[0] <= before_s + LEAP_S else None
         return None
 
-    async def _fetched(self, source: Source, asset: str, until_s: float) -> list[Point] | None:
-        """The points that are fresh at `until_s`; None where the source can't be asked."""
-        from_s, to_s = int(until_s) - self._fresh_s, int(until_s)
+    async def _fetched(
+        self, source: Source, asset: str, until_s: float, span_s: int | None = None
+    ) -> list[Point] | None:
+        """The points that are fresh at `until_s`, or of so long; None where the source can't be asked."""
+        from_s, to_s = int(until_s) - (span_s or self._fresh_s), int(until_s)
         try:
             with anyio.fail_after(_TIMEOUT_S):
                 points = await source.fetch(asset, from_s, to_s, self._tick_s)
+            return [point for point in points if from_s < point[0] <= to_s]
         except Exception as error:  # an own feed may raise anything; the feed says what is wrong with it
             log.debug("no_witness", source=source.name, asset=asset, error=str(error))
             return None
-        return [point for point in points if from_s < point[0] <= to_s]
 
 
 def _agree(one_s: float, other_s: float) -> bool:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from condor_lite import __version__
-from condor_lite.clock import LEAP_S
 from condor_lite.errors import StorageError
 from condor_lite.prices.feed import FeedState
 from condor_lite.report.context import Context
@@ -104,7 +103,7 @@ def _hints(feeds: Sequence[FeedState], connected: int, mode: str) -> list[Proble
         where = "put a folder with a main.py into orchestrator.models" if mode == "local" else "deploy one"
         found.append(Problem("no model is connected", f"Rounds are asked, and nobody answers: {where}."))
     for source, skew_s in {feed.source: feed.skew_s for feed in feeds}.items():
-        if skew_s is not None and _SKEW_S < abs(skew_s) <= LEAP_S:  # more is a problem, and told as one
+        if skew_s is not None and abs(skew_s) > _SKEW_S:
             which = "ahead of" if skew_s > 0 else "behind"
             found.append(
                 Problem(
