@@ -84,10 +84,11 @@ class Witness:
                 continue
             if doubt and pause_s == _LOOK_S:
                 log.warning("clock_in_doubt", what=doubt, meanwhile="no round is opened")
-            looked_s = time.monotonic()
+            looked_s, well = time.monotonic(), self._clock.trouble is None
             if await self.look():
                 pause_s = _LOOK_S
-                log.warning("clock_known", what=self._clock.trouble or "the machine's clock is right")
+                if not (well and self._clock.trouble is None):
+                    log.warning("clock_known", what=self._clock.trouble or "the machine's clock is right")
             else:
                 pause_s = min(2 * pause_s, _AGAIN_MOST_S)
             if self._clock.ahead_s > LEAP_S:
