@@ -193,7 +193,7 @@ class Game:
         self.backups = Backups(config.backup, db.path, GameClock()) if config.backup.every_s else None
         self.web: server.Server
         self.orchestrator: Orchestrator | None = None
-        self.ahead = asyncio.Event()
+        self.ahead: asyncio.Event
         """Set when the game has gone ahead of the time, and must start again to go back."""
 
     def _on_checked(self, valid: Set[int], invalid: Mapping[int, str]) -> None:
