@@ -564,7 +564,7 @@ async def test_killed_in_the_middle_of_its_history_it_goes_on_where_it_was(tmp_p
             before = now
         with program(tmp_path, **environ) as run:
             await asyncio.to_thread(run.until, (model / "given").exists)
-            assert count() >= 2 * 1440
+            await asyncio.to_thread(run.until, lambda: count() >= 2 * 1440)  # no model waits for the storing
             assert await asyncio.to_thread(run.end) == 0
     for asset, by_time in points().items():
         assert by_time == right(asset, min(by_time), max(by_time))
