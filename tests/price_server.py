@@ -197,6 +197,8 @@ class PriceServer:
         if symbol not in PRODUCTS:
             return 404, {"message": "NotFound"}
         first_s, last_s = _moment_s(query["start"]), _moment_s(query["end"])
+        if first_s >= last_s:
+            return 400, {"message": "start must be before end"}
         if (last_s - first_s) // int(query["granularity"]) + 1 > 300:
             return 400, {"message": "granularity too small for the requested time range"}
         rows = []
@@ -235,7 +237,7 @@ class PriceServer:
         asset = query["asset"]
         if asset not in ASSETS:
             return 404, {"detail": f"asset not found: {asset}"}
-        opens = self.opens(asset, _moment_s(query["from"]), _moment_s(query["to"]))
+        opens = self.opens(asset, _moment_s(query["from"]), _moment_s(query["to"]) - 1)
         rows = self.order([(open_s, self.close(asset, open_s)) for open_s in opens])
         return 200, {"timestamp": [row[0] for row in rows], "close": [row[1] for row in rows]}
 
@@ -245,7 +247,7 @@ class PriceServer:
         symbol = query["symbol"]
         if symbol not in FEEDS:
             return 200, {"s": "error", "errmsg": f"Symbol not found: {symbol}"}
-        opens = self.opens(symbol, int(query["from"]), int(query["to"]))
+        opens = self.opens(symbol, int(query["from"]), int(query["to"]) - 1)
         rows = self.order([(open_s, self.close(symbol, open_s)) for open_s in opens])
         times, closes = [row[0] for row in rows], [row[1] for row in rows]
         return 200, {"s": "ok", "t": times, "o": closes, "h": closes, "l": closes, "c": closes, "v": closes}

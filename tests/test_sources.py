@@ -74,6 +74,11 @@ async def test_a_range_off_the_minute_has_just_the_candles_that_ended_in_it(sour
     assert [ts_s for ts_s, _ in points] == [MINUTE_S - 120, MINUTE_S - 60]
 
 
+async def test_a_single_candle_can_be_asked_for(source: WebSource) -> None:
+    points = await source.fetch("BTC", MINUTE_S - 60, MINUTE_S, 60)
+    assert points == expected("BTC", MINUTE_S - 60, MINUTE_S)
+
+
 async def test_an_empty_range_asks_for_nothing(source: WebSource, server: PriceServer) -> None:
     assert await source.fetch("BTC", MINUTE_S - 30, MINUTE_S - 1, 60) == []
     assert not server.requests
@@ -362,8 +367,13 @@ async def test_nobody_there(host: str) -> None:
 async def test_kraken_says_what_is_wrong_with_status_200(server: PriceServer) -> None:
     source = make("kraken", server)
     server.faults = [Fault(body=b'{"error":["EGeneral:Too many requests"]}')]
-    with pytest.raises(SourceError, match="refuses the request: EGeneral:Too many requests"):
+    with pytest.raises(SourceError, match="refuses the request: EGeneral:Too many requests") as caught:
         await hour(source)
+    assert caught.value.retry_after_s == 5
+    server.faults = [Fault(body=b'{"error":["EService:Unavailable"]}')]
+    with pytest.raises(SourceError, match="EService:Unavailable") as caught:
+        await hour(source)
+    assert caught.value.retry_after_s is None
     await source.aclose()
 
 

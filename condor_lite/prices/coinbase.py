@@ -34,7 +34,8 @@ class CoinbaseSource(WebSource):
     offers_path = "/products"
 
     def request(self, symbol: str, first_s: int, last_s: int) -> Request:
-        times = {"start": iso(first_s), "end": iso(last_s)}
+        # It refuses a range of no length; of what opens before `end`, it gives all.
+        times = {"start": iso(first_s), "end": iso(last_s + CANDLE_S - 1)}
         return f"/products/{quote(symbol, safe='')}/candles", {"granularity": CANDLE_S, **times}
 
     def candles(self, body: bytes) -> Candles:

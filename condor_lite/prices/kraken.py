@@ -7,7 +7,9 @@ from typing import ClassVar
 import msgspec
 
 from condor_lite.prices.source import SourceError
-from condor_lite.prices.web import CANDLE_S, Candles, Request, WebSource, decoded
+from condor_lite.prices.web import CANDLE_S, TOO_MANY_S, Candles, Request, WebSource, decoded
+
+_TOO_MANY = ("rate limit", "too many requests", "throttled")
 
 
 class _Candle(msgspec.Struct, array_like=True):
@@ -42,7 +44,9 @@ class KrakenSource(WebSource):
     def candles(self, body: bytes) -> Candles:
         answer = decoded(body, _Answer)
         if answer.error:
-            raise SourceError(f"{self} refuses the request: {', '.join(answer.error)}")
+            said = ", ".join(answer.error)
+            pause_s = TOO_MANY_S if any(word in said.lower() for word in _TOO_MANY) else None
+            raise SourceError(f"{self} refuses the request: {said}", retry_after_s=pause_s)
         pairs = answer.result.keys() - {"last"}
         if len(pairs) != 1:
             raise SourceError(f"{self}: the answer has {len(pairs)} pairs, where one was asked for")

@@ -44,7 +44,8 @@ class PythSource(WebSource):
         return {"Authorization": f"Bearer {feed.api_key}"}
 
     def request(self, symbol: str, first_s: int, last_s: int) -> Request:
-        times = {"from": first_s, "to": last_s}
+        # Whether `to` itself counts is not documented; in TradingView's protocol, which this is, it does not.
+        times = {"from": first_s, "to": last_s + CANDLE_S - 1}
         return "/v1/fixed_rate@200ms/history", {"symbol": symbol, "resolution": CANDLE_S // 60, **times}
 
     def candles(self, body: bytes) -> Candles:

@@ -33,12 +33,15 @@ Request = tuple[str, Query]
 
 CANDLE_S = LIVE_TICK_S
 
+TOO_MANY_S = 5.0
+"""For which a source that wants fewer requests is left alone where it does not say how long."""
+
 _TIMEOUT_S = 10.0
 _MOST_BYTES = 2**20  # reading a hostile MiB holds the loop for 50 ms
 _MOST_LIST_BYTES = 4 * 2**20  # Kraken's is half of that
 _LONGEST_QUEUE_S = 45.0  # with the time-out less than the feed waits
 _KEEP_ALIVE_S = 90.0  # so that the next minute finds the connection open
-_PAUSES_S = {429: 5.0, 418: 120.0}  # where it does not say how long
+_PAUSES_S = {429: TOO_MANY_S, 418: 120.0}  # likewise
 _OFFERS = 5
 _QUOTED_CHARS = 120
 _CERTIFICATE = "is a proxy in between? SSL_CERT_FILE names the authorities to trust"
