@@ -32,6 +32,7 @@ import structlog
 from condor_lite import worker
 from condor_lite.errors import CondorError, StartError
 from condor_lite.game.calibration import WIDTH
+from condor_lite.game.families import Floats
 from condor_lite.game.scoring import Rules, SegmentScores
 from condor_lite.storage.compression import whole_bytes
 from condor_lite.worker import Outcome, ScoringItem, ValidationItem
@@ -116,6 +117,7 @@ class _Work(Generic[Item]):
     raw: npt.NDArray[np.float64]
     calibration: npt.NDArray[np.float64]
     segments: SegmentScores | None = None
+    fan: Floats | None = None
     reasons: dict[int, str] = field(default_factory=dict)
     todo: deque[int] = field(default_factory=deque)
     suspects: deque[list[int]] = field(default_factory=deque)
@@ -123,7 +125,7 @@ class _Work(Generic[Item]):
     def record(self, indices: list[int], outcome: Outcome) -> None:
         self.raw[indices] = outcome.raw
         self.calibration[indices] = outcome.calibration
-        self.segments = outcome.segments
+        self.segments, self.fan = outcome.segments, outcome.fan
         self.reasons.update((indices[at], reason) for at, reason in outcome.reasons.items())
 
 
@@ -194,6 +196,11 @@ class ScoringPool:
         """What one answer's score is made of, or the reason why it has none."""
         work = await self._run(worker.run_explanation, [item])
         return work.segments or work.reasons[0]
+
+    async def fan(self, item: ValidationItem) -> Floats | str:
+        """The quantiles that `game.fan` draws from one answer, or the reason why there are none."""
+        work = await self._run(worker.run_fan, [item])
+        return work.reasons[0] if work.fan is None else work.fan
 
     async def _start_problem(self) -> str | None:
         """What keeps the first worker from scoring. It starts here: the first batch need not wait for it."""

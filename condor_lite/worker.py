@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ from condor_lite.errors import InvalidAnswer
 from condor_lite.game.calibration import WIDTH
 from condor_lite.game.density import Densities, decode
 from condor_lite.game.entities import Setting
+from condor_lite.game.families import Floats
+from condor_lite.game.fan import fan
 from condor_lite.game.scoring import Realised, Rules, SegmentScores, load_rule, score
 from condor_lite.storage.compression import decompress
 
@@ -81,7 +83,7 @@ class Outcome:
 
     `calibration[k]` are the sums of `game.calibration`, zeros there. `spent_s`: of the processor, as busy
     machines would otherwise make batches small, and each costs its way there and back. `segments`: where they
-    were asked for, the scores of the segments of a single item that has no reason.
+    were asked for, the scores of the segments of a single item that has no reason; `fan`: its quantiles.
     """
 
     raw: npt.NDArray[np.float64]
@@ -89,6 +91,7 @@ class Outcome:
     reasons: dict[int, str]
     spent_s: float
     segments: SegmentScores | None = None
+    fan: Floats | None = None
 
 
 def batch_limit_s(time_limit_s: float, answers: int) -> float:
@@ -168,6 +171,11 @@ class Worker:
         if scores.error is not None:
             raise _Failed(scores.error[:_REASON_CHARS])
         return scores
+
+    def fan(self, slot: int, item: ValidationItem) -> Floats:
+        """Raises _Failed."""
+        densities = self._limited(slot, 0, partial(self._decode, item))
+        return self._limited(slot, 0, partial(fan, densities))
 
     def _decode(self, item: ValidationItem | ScoringItem) -> Densities:
         rule = self._rules.rule
@@ -273,14 +281,24 @@ def run_scoring(slot: int, items: Sequence[ScoringItem], careful: bool) -> Outco
 
 def run_explanation(slot: int, items: Sequence[ScoringItem], careful: bool) -> Outcome:
     """Score a single answer, with what its score is made of."""
+    return _alone(slot, lambda worker: {"segments": worker.explain(slot, *items)})
+
+
+def run_fan(slot: int, items: Sequence[ValidationItem], careful: bool) -> Outcome:
+    """The fan of a single answer."""
+    return _alone(slot, lambda worker: {"fan": worker.fan(slot, *items)})
+
+
+def _alone(slot: int, find: Callable[[Worker], dict[str, Any]]) -> Outcome:
+    """What is found about a single answer, or why nothing is."""
     worker, started_s = _ready()
-    reasons, segments = {}, None
+    reasons, found = {}, {}
     try:
-        segments = worker.explain(slot, *items)
+        found = find(worker)
     except _Failed as failure:
         reasons[0] = str(failure)
     worker.note(slot, FINISHED)
-    return Outcome(*_nothing(1), reasons, time.process_time() - started_s, segments)
+    return Outcome(*_nothing(1), reasons, time.process_time() - started_s, **found)
 
 
 def _nothing(items: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -24,7 +24,7 @@ from condor_lite.news import ModelJoined, News, RoundsNotHeld, RoundsOpened
 from condor_lite.report import stream as streams
 from condor_lite.report.connections import SECURITY_HEADERS
 from condor_lite.report.events import EVENTS
-from condor_lite.report.stream import Stream
+from condor_lite.report.stream import Stream, Subscription
 from condor_lite.supervisor import playing
 from tests.games import ready, settle
 from tests.pages import page
@@ -84,10 +84,13 @@ class Reader:
 
 
 @asynccontextmanager
-async def reading(url: str, last_event_id: str | None = None, **query: str) -> AsyncIterator[Reader]:
+async def reading(
+    url: str, last_event_id: str | None = None, *, address: str | None = None, **query: str
+) -> AsyncIterator[Reader]:
+    transport = httpx.AsyncHTTPTransport(local_address=address)
     headers = {"last-event-id": last_event_id} if last_event_id is not None else {}
     async with (
-        httpx.AsyncClient(base_url=url, timeout=20) as client,
+        httpx.AsyncClient(base_url=url, timeout=20, transport=transport) as client,
         client.stream("GET", "/events", headers=headers, params=query) as response,
     ):
         assert response.status_code == 200
@@ -233,7 +236,7 @@ async def test_a_reader_that_never_reads_loses_events_and_hurts_nobody(game: Gam
 
 async def test_an_idle_stream_shows_that_it_lives() -> None:
     stream = Stream(heartbeat_s=0.01)
-    response = stream.open(None)
+    response = stream.open(Subscription(None))
     chunks = [await anext(aiter(response.body_iterator)) for _ in range(3)]
     assert chunks[1:] == [b":\n\n", b":\n\n"]
 
@@ -248,6 +251,29 @@ async def test_streams_are_bounded(game: Game, monkeypatch: pytest.MonkeyPatch) 
     await until(lambda: game.stream.readers == 0)
     async with reading(game.server.url):
         pass
+
+
+async def test_the_address_with_most_streams_makes_room_for_another(
+    game: Game, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(game.stream, "_most", 4)
+    url = game.server.url
+    async with reading(url) as oldest, reading(url), reading(url), reading(url) as newest:
+        assert (await game.client.get("/events")).status_code == 503, "one more of the crowd"
+        async with (
+            reading(url, address="127.0.0.2") as other,
+            httpx.AsyncClient(
+                base_url=url, transport=httpx.AsyncHTTPTransport(local_address="127.0.0.2")
+            ) as client,
+        ):
+            assert await oldest.ended()
+            async with reading(url, address="127.0.0.2"):
+                assert game.stream.readers == 4
+                assert (await game.client.get("/events")).status_code == 503, "half belongs to the others"
+                assert (await client.get("/events")).status_code == 503
+                game.live.news.tell(joined("a"))
+                assert await newest.names(1) == await other.names(1) == ["model_joined"]
+    await until(lambda: game.stream.readers == 0)
 
 
 async def test_headers_head_and_cors(game: Game) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 from functools import partial
 from html import unescape
 from pathlib import Path
@@ -14,12 +13,12 @@ from urllib.parse import quote
 import anyio
 import pytest
 
+from condor_lite.pool import PoolError
 from condor_lite.report import context as contexts
-from condor_lite.report.pages import picture
 from condor_lite.report.pages import round as round_page
+from condor_lite.report.recount import Recount
 from tests.pages import blocks, links_lead_somewhere, page, text
 from tests.served import BTC_ROUND, CLOSED_ROUND, EVIL, OPEN_ROUND, START_S, VOID_ROUND, play, serve
-from tests.stage import until
 
 
 @pytest.mark.anyio
@@ -175,19 +174,50 @@ async def test_of_many_models_some_are_shown_and_the_others_found(
 async def test_where_too_many_fans_are_asked_for_the_page_comes_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, free = threading.Event(), threading.Event()
+    begun, free = anyio.Event(), anyio.Event()
 
-    def slow(*args: object) -> str:
+    async def slow(*args: object) -> str:
         begun.set()
-        free.wait(60)
+        with anyio.move_on_after(60):
+            await free.wait()
         return "it came late"
 
     monkeypatch.setattr(contexts, "_TURN_WITHIN_S", 0.1)
-    monkeypatch.setattr(picture, "_fan", slow)
+    monkeypatch.setattr(Recount, "fan", slow)
     async with serve(tmp_path) as game, anyio.create_task_group() as tasks:
         await play(game)
         tasks.start_soon(partial(page, game, f"/rounds/{BTC_ROUND}", model="1"))
-        await until(begun.is_set)
+        await begun.wait()
         html = await page(game, f"/rounds/{BTC_ROUND}", model="bench")
         free.set()
         assert "no fan: too many are asked for just now" in text(html)
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_takes_long_to_draw_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contexts, "Recount", lambda time_limit_s: Recount(1e-4))
+    async with serve(tmp_path) as game:
+        await play(game)
+        html = await page(game, f"/rounds/{BTC_ROUND}", model="1")
+        assert blocks(html)[0]["fans"] == []
+        assert "no fan: its answer can't be drawn: takes longer than 0.0001 s" in text(html)
+
+
+@pytest.mark.anyio
+async def test_a_page_comes_without_fans_where_no_process_lives_to_draw_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def die(*args: object) -> str:
+        raise PoolError("they end")
+
+    monkeypatch.setattr(round_page, "FOR_S", 0.0)
+    async with serve(tmp_path) as game:
+        await play(game)
+        with monkeypatch.context() as broken:
+            broken.setattr(Recount, "fan", die)
+            html = await page(game, f"/rounds/{BTC_ROUND}", model="1")
+            assert "no fan: its answer can't be drawn: they end" in text(html)
+        html = await page(game, f"/rounds/{BTC_ROUND}", model="1")
+        assert [fan["name"] for fan in blocks(html)[0]["fans"]] == ["alpha"], "tried again"

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from condor_lite.errors import QueryTimeout, StorageError
 from condor_lite.report import answers, bundle, explanation, game, hub, ops, params
+from condor_lite.report.connections import network
 from condor_lite.report.context import Context, NotFound
 from condor_lite.report.events import EVENTS
 from condor_lite.report.failures import failure, prefers_html
@@ -30,7 +31,7 @@ from condor_lite.report.pages import about, leaderboard, model, prices, round, r
 from condor_lite.report.pages.common import FOR_S, Page, compile_templates, show
 from condor_lite.report.params import BadParameter, NoParams
 from condor_lite.report.replies import Reply, pack, respond
-from condor_lite.report.stream import EVENT_STREAM, EventStream, TooManyReaders
+from condor_lite.report.stream import EVENT_STREAM, Subscription, TooManyReaders
 from condor_lite.storage.database import Readers
 
 log = structlog.get_logger()
@@ -210,6 +211,9 @@ class _Answers:
                 query, headed = QueryParams(scope["query_string"]), Headers(scope=scope)
                 sent = params.read(asked.params, query.getlist, scope["path_params"], headed.getlist)
             reply = await asked.handler(self._context, sent)
+            if isinstance(reply, Subscription):
+                client = scope["client"]
+                events = self._context.stream.open(reply, client and network(client[0]))
         except BadParameter as error:
             status, what, detail = 400, "bad parameter", str(error)
         except NotFound as error:
@@ -223,8 +227,8 @@ class _Answers:
             log.exception("request_failed", path=asked.path)
             status, what, detail = 500, *_FAULT
         else:
-            if isinstance(reply, EventStream):
-                await reply(scope, receive, send)
+            if isinstance(reply, Subscription):
+                await events(scope, receive, send)
             else:
                 with self._context.sending.one(reply, scope):
                     await respond(scope, send, reply, self._vary)

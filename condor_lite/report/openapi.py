@@ -15,7 +15,7 @@ from condor_lite.report.answers import Failure
 from condor_lite.report.context import Context
 from condor_lite.report.params import Kind
 from condor_lite.report.replies import JSON, Reply
-from condor_lite.report.stream import EVENT_STREAM, EventStream
+from condor_lite.report.stream import EVENT_STREAM, Subscription
 
 Json = dict[str, Any]
 
@@ -28,7 +28,7 @@ class Endpoint:
     """
 
     path: str
-    handler: Callable[[Context, Any], Awaitable[Reply | EventStream]]
+    handler: Callable[[Context, Any], Awaitable[Reply | Subscription]]
     params: type
     answer: Any
     family: str

@@ -16,7 +16,7 @@ from condor_lite.report.context import Context
 from condor_lite.report.metrics import Now
 from condor_lite.report.params import NoParams
 from condor_lite.report.replies import Reply, pack
-from condor_lite.report.stream import EventStream
+from condor_lite.report.stream import Subscription
 from condor_lite.storage import queries
 
 _VERSION_FOR_S = 60
@@ -87,10 +87,10 @@ class EventsParams:
     )
 
 
-async def events(context: Context, sent: EventsParams) -> EventStream:
+async def events(context: Context, sent: EventsParams) -> Subscription:
     """What happens in the game, as it happens: server-sent events.
 
     Each has the name of one of the kinds below, and one JSON object as its data. A client that comes back is
     sent what it missed; where that is too much, or the program was started anew, `reset`.
     """
-    return context.stream.open(sent.last_event_id or sent.after)
+    return Subscription(sent.last_event_id or sent.after)

@@ -1,13 +1,16 @@
-"""Scores computed anew, in a process that can't hold anything up."""
+"""What is read out of answers once more, in a process that can't hold anything up."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
+from condor_lite.game.families import Floats
 from condor_lite.game.scoring import Rules, SegmentScores
 from condor_lite.pool import ScoringPool
-from condor_lite.worker import ScoringItem
+from condor_lite.worker import ScoringItem, ValidationItem
 
 _STAYS_S = 60.0
 
@@ -27,6 +30,16 @@ class Recount:
 
         Raises CondorError where the rule can't be loaded, or the process does not stay alive.
         """
+        async with self._pool_for(rules) as pool:
+            return await pool.explain(item)
+
+    async def fan(self, rules: Rules, item: ValidationItem) -> Floats | str:
+        """The same for the quantiles that one answer's fan is drawn from."""
+        async with self._pool_for(rules) as pool:
+            return await pool.fan(item)
+
+    @asynccontextmanager
+    async def _pool_for(self, rules: Rules) -> AsyncIterator[ScoringPool]:
         self._until_s = math.inf
         try:
             if rules != self._rules and self._staying is not None:
@@ -36,7 +49,7 @@ class Recount:
                 pool = await ScoringPool(1, rules, self._time_limit_s).__aenter__()
                 self._pool, self._rules = pool, rules
                 self._staying = asyncio.create_task(self._stay(pool), name="recount")
-            return await self._pool.explain(item)
+            yield self._pool
         finally:
             self._until_s = asyncio.get_running_loop().time() + _STAYS_S
 

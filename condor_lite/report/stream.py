@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from itertools import islice
 
 import orjson
@@ -32,18 +33,30 @@ _WAKES_A_TURN = 8  # of the event loop
 _HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """What a client asks for: all that came after this event; None: all that happens from now on."""
+
+    last_event_id: str | None
+
+
 class TooManyReaders(CondorError):
     def __init__(self, most: int) -> None:
         super().__init__(f"{most} event streams are open, which is the most: close one, or try again later")
 
 
 class _Reader:
-    """`place`: the number of the event that it is sent next."""
+    """`place`: the number of the event that it is sent next; `address`: whose it is."""
 
-    def __init__(self, place: int) -> None:
+    def __init__(self, place: int, address: object) -> None:
         self.place = place
+        self.address = address
         self.news = asyncio.Event()
         self.ended = False
+
+    def end(self) -> None:
+        self.ended = True
+        self.news.set()
 
 
 class Stream:
@@ -56,7 +69,8 @@ class Stream:
         self._newest = 0
         self._woken_for = 0
         self._kept: deque[bytes] = deque(maxlen=_KEPT)
-        self._readers: set[_Reader] = set()
+        self._readers: dict[_Reader, None] = {}
+        """The oldest first."""
         self._waking: asyncio.Handle | None = None
 
     @property
@@ -80,25 +94,25 @@ class Stream:
         self._kept.clear()
         self.publish(RESET, {})
 
-    def open(self, last_event_id: str | None) -> EventStream:
-        """A response to someone whose newest event was this one; None: all that happens from now on.
+    def open(self, asked: Subscription, address: object = None) -> EventStream:
+        """The response to someone at this address.
 
-        Raises TooManyReaders.
+        Where there are too many, it takes the place of the oldest one of the address that has most of them,
+        unless this one would have more then than that. Raises TooManyReaders.
         """
         if len(self._readers) >= self._most:
-            raise TooManyReaders(self._most)
-        reader = _Reader(self._place_after(last_event_id))
-        self._readers.add(reader)
+            self._make_room(address)
+        reader = _Reader(self._place_after(asked.last_event_id), address)
+        self._readers[reader] = None
         return EventStream(self, reader)
 
     def end(self) -> None:
         """End all responses in good order. A later one is a reader again."""
         for reader in self._readers:
-            reader.ended = True
-            reader.news.set()
+            reader.end()
 
     def leave(self, reader: _Reader) -> None:
-        self._readers.discard(reader)
+        self._readers.pop(reader, None)
 
     async def read(self, reader: _Reader) -> AsyncIterator[bytes]:
         """What is to be sent to `reader`, for as long as it is there."""
@@ -113,6 +127,15 @@ class Stream:
                     await reader.news.wait()
             except TimeoutError:
                 yield b":\n\n"
+
+    def _make_room(self, address: object) -> None:
+        counts = Counter(reader.address for reader in self._readers)
+        crowd, most = counts.most_common(1)[0]
+        if counts[address] + 1 >= most:  # or two would take turns with one place
+            raise TooManyReaders(self._most)
+        oldest = next(reader for reader in self._readers if reader.address == crowd)
+        oldest.end()
+        self.leave(oldest)
 
     def _place_after(self, last_event_id: str | None) -> int:
         if last_event_id is None:

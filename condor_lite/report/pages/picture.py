@@ -11,16 +11,15 @@ from statistics import median
 
 import numpy as np
 
-from condor_lite.errors import CondorError
+from condor_lite.errors import StartError
 from condor_lite.explain import rules_of
-from condor_lite.game.density import decode
 from condor_lite.game.entities import Setting
-from condor_lite.game.fan import fan
-from condor_lite.game.scoring import Rules
+from condor_lite.game.families import Floats
+from condor_lite.pool import PoolError
 from condor_lite.report.context import Busy, Context
 from condor_lite.storage import pictures
-from condor_lite.storage.compression import decompress
 from condor_lite.storage.rescores import load_rules
+from condor_lite.worker import ValidationItem
 
 MOST_FANS = 5
 
@@ -145,6 +144,8 @@ async def _chosen(
             found = await context.remembered(key, _FAN_FOR_S, find)
         except Busy:
             found = "too many are asked for just now: reload in a moment"
+        except (PoolError, StartError) as error:
+            found = f"its answer can't be drawn: {error}"
     return Chosen(
         model_id=answer["model_id"],
         model_name=answer["model_name"],
@@ -164,19 +165,17 @@ async def _find_fan(context: Context, row: Row, model_no: int, start: float) -> 
     scorer = await pictures.scorer(context.readers, row["scorer_version"])
     rules = rules_of(config, scorer["rule"], scorer["target"], load_rules(scorer["rules"]))
     setting = Setting(row["asset"], row["horizon_s"], row["step_s"])
-    return await context.alone(partial(_fan, body, setting, row["scheduled_at_s"], rules, start))
-
-
-def _fan(body: bytes, setting: Setting, start_s: int, rules: Rules, start: float) -> Fan | str:
-    """A compressed answer's fan; or why there is none."""
     moves = rules.target == "price_change"
-    try:
-        densities = decode(
-            decompress(body), setting, rules.limits, rule=rules.rule, scale_unit=start if moves else 1.0
-        )
-    except CondorError as error:
-        return f"its answer can't be read: {error}"
-    quantiles = fan(densities)
+    item = ValidationItem(body, setting, start if moves else 1.0)
+    async with context.recounting():
+        quantiles = await context.recount.fan(rules, item)
+    if isinstance(quantiles, str):
+        return f"its answer can't be drawn: {quantiles}"
+    return await context.in_thread(_fan, quantiles, setting, row["scheduled_at_s"], start, moves)
+
+
+def _fan(quantiles: Floats, setting: Setting, start_s: int, start: float, moves: bool) -> Fan:
+    """In prices, `moves`: from the quantiles of changes of the price; else of log returns."""
     with np.errstate(over="ignore"):
         prices = start + quantiles if moves else start * np.exp(quantiles)
     prices = np.clip(prices, 0.0 if not moves else -1e15, 1e15)
