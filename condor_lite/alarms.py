@@ -12,14 +12,15 @@ import time
 import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import orjson
 
+from condor_lite.aside import Aside
 from condor_lite.config import Config
 from condor_lite.game.entities import RoundStatus
 from condor_lite.models.orchestrator import LocalModelState, LocalState, Orchestrator
@@ -29,6 +30,7 @@ from condor_lite.report.live import Live
 from condor_lite.report.pages.common import size, span
 
 _LOOK_S = 5.0
+_LOOK_MOST_S = 2.0  # at a disk
 _OFTEN = 3  # restarts ...
 _OFTEN_WITHIN_S = 600.0  # ... in so long are more than bad luck
 _SHOWN = 5
@@ -107,6 +109,8 @@ class Alarms:
         self._stale_since_s: dict[str, float] = {}
         self._held_s = time.monotonic()
         self._not_held = "none was due"
+        folders = [config.storage.path.parent, *([config.backup.path] if config.backup.every_s else [])]
+        self._disks_free = DisksFree(folders)
         self._given_up: dict[str, tuple[float, str]] = {}
         news = live.news
         news.listen(RoundClosed, self._on_closed)
@@ -117,11 +121,7 @@ class Alarms:
     async def run(self) -> None:
         """Look until cancelled."""
         while True:
-            folders = [self._config.storage.path.parent]
-            if self._config.backup.every_s:
-                folders.append(self._config.backup.path)
-            free_bytes = await asyncio.to_thread(_free_bytes, folders)  # a network's disk may take its time
-            self.look(time.monotonic(), free_bytes)
+            self.look(time.monotonic(), await self._disks_free.look())
             await asyncio.sleep(_LOOK_S)
 
     def look(self, now_s: float, free_bytes: Mapping[Path, int]) -> None:
@@ -263,12 +263,31 @@ def stale_price(state: FeedState) -> str:
     return what + (f" ({state.error})" if state.error else "")
 
 
-def _free_bytes(folders: Iterable[Path]) -> dict[Path, int]:
-    """Of each disk, by the first of the folders on it; without those that can't be looked at."""
-    disks: dict[int, Path] = {}
-    found = {}
-    for folder in folders:
-        with suppress(OSError):
-            if disks.setdefault(folder.stat().st_dev, folder) is folder:
-                found[folder] = shutil.disk_usage(folder).free
-    return found
+class DisksFree:
+    """How much room there is on the disks of some folders."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self._aside = {folder: Aside(_LOOK_MOST_S) for folder in folders}
+        self._found: dict[Path, tuple[int, int]] = {}
+
+    async def look(self) -> dict[Path, int]:
+        """Free bytes by disk (the first of the folders on it), without those that can't be looked at.
+
+        A disk that does not answer, as a network's may not, has what it had.
+        """
+        await asyncio.gather(*map(self._look, self._aside))
+        first = {disk: folder for folder, (disk, _) in reversed(self._found.items())}
+        return {folder: free for folder, (disk, free) in self._found.items() if first[disk] is folder}
+
+    async def _look(self, folder: Path) -> None:
+        try:
+            self._found[folder] = await self._aside[folder].run(partial(_free, folder))
+        except TimeoutError:
+            pass
+        except OSError:
+            self._found.pop(folder, None)
+
+
+def _free(folder: Path) -> tuple[int, int]:
+    """Which disk it is on, and the bytes that are free there."""
+    return folder.stat().st_dev, shutil.disk_usage(folder).free

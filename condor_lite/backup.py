@@ -12,14 +12,18 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import anyio
 import structlog
 
+from condor_lite.aside import Aside
 from condor_lite.clock import Clock
 from condor_lite.config import BackupConfig
 from condor_lite.storage.backup import part_of
@@ -31,7 +35,15 @@ _RETRY_S = 600.0
 _LOOK_S = 600.0
 _MOST_S = 3600.0  # one that takes longer hangs, and holds the write-ahead log
 _PATIENCE_S = 1.0
+_ANSWER_WITHIN_S = 30.0  # the folder's disk
 _LEFT_AFTER_S = 3600.0  # a copy that nobody wrote to for so long is a killed process's
+
+
+T = TypeVar("T")
+
+
+class _Failed(Exception):
+    """No backup could be made; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,7 @@ class Backups:
         name = re.escape(database.stem) + r"-(\d{8}T\d{6}Z)\.db"
         self._names = re.compile(name)
         self._left = re.compile(rf"\.{name}\.\d+\.part(-journal)?")
+        self._at_the_folder = Aside(_ANSWER_WITHIN_S)
         self._failure: str | None = None
         self._made_s = self._newest_s = -math.inf
 
@@ -65,18 +78,23 @@ class Backups:
         """Make one whenever it is due, until cancelled."""
         while True:
             with self._clock.hold():
-                due_s = await self._due_s()
-                if self._clock.now() >= due_s:
-                    self._failure = await self._make()
-                    if self._failure is None:
+                try:
+                    due_s = await self._due_s()
+                    if self._clock.now() >= due_s:
+                        await self._make()
                         self._made_s = self._clock.now()  # also where the folder can't be listed
                         continue
-                    due_s = self._clock.now() + min(_RETRY_S, self._config.every_s)
+                    self._failure = None
+                except _Failed as failure:
+                    retry_in_s = min(_RETRY_S, self._config.every_s)
+                    log.error("backup_failed", error=str(failure), retry_in_s=retry_in_s)
+                    self._failure = str(failure)
+                    due_s = self._clock.now() + retry_in_s
             with anyio.move_on_after(_LOOK_S):  # a clock that was set back would not get there
                 await self._clock.sleep_until(due_s)
 
     async def _due_s(self) -> float:
-        found = await asyncio.to_thread(self._found)  # a network's disk may take its time
+        found = await self._aside(self._found)
         now_s = self._clock.now()
         made_s = (self._made_s, *found.values())
         self._newest_s = max((at_s for at_s in made_s if at_s <= now_s), default=-math.inf)
@@ -93,24 +111,28 @@ class Backups:
         except OSError:
             return []
 
-    async def _make(self) -> str | None:
-        """Make one, and forget the oldest; why that failed, or None."""
+    async def _aside(self, work: Callable[[], T]) -> T:
+        """Do something in the folder. A network's disk may take its time, or never answer."""
+        try:
+            return await self._at_the_folder.run(work)
+        except TimeoutError:
+            raise _Failed(f"{self._config.path} does not answer: is its disk there?") from None
+
+    async def _make(self) -> None:
+        """Make one, and forget the oldest."""
         stamp = datetime.fromtimestamp(self._clock.now(), UTC).strftime(_STAMP)
         target = self._config.path / f"{self._database.stem}-{stamp}.db"
         started_s = time.monotonic()
-        await asyncio.to_thread(self._clear)
-        failure = await self._copy(target)
-        if failure is not None:
-            log.error("backup_failed", error=failure, retry_in_s=min(_RETRY_S, self._config.every_s))
-            return failure
+        await self._aside(self._clear)
+        await self._copy(target)
         took_s = round(time.monotonic() - started_s, 1)
-        size_bytes = (await anyio.Path(target).stat()).st_size
-        forgotten = await asyncio.to_thread(self._forget, target)
+        size_bytes = (await self._aside(target.stat)).st_size
+        forgotten = await self._aside(lambda: self._forget(target))
         log.info("backup_made", path=str(target), size_bytes=size_bytes, took_s=took_s, forgotten=forgotten)
-        return None
+        self._failure = None
 
-    async def _copy(self, target: Path) -> str | None:
-        """Copy in another process; why that failed, or None. It ends with this task."""
+    async def _copy(self, target: Path) -> None:
+        """Copy in another process. It ends with this task."""
         with anyio.CancelScope(shield=True):  # cancelled just then, it would be nobody's
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "condor_lite.storage.backup", str(self._database), str(target)),
@@ -121,16 +143,18 @@ class Backups:
             async with asyncio.timeout(_MOST_S):
                 _, said = await process.communicate()
         except TimeoutError:
-            return f"it took longer than {_MOST_S:.0f} s"
+            raise _Failed(f"it took longer than {_MOST_S:.0f} s") from None
         finally:
             if process.returncode is None:
                 with anyio.CancelScope(shield=True):
                     await _end(process)
                     part = part_of(target, process.pid)
-                    await asyncio.to_thread(_delete, part, part.with_name(f"{part.name}-journal"))
+                    parts = part, part.with_name(f"{part.name}-journal")
+                    with suppress(TimeoutError):
+                        await self._at_the_folder.run(partial(_delete, *parts))
         if process.returncode:
-            return said.decode(errors="replace").strip() or f"it ended with code {process.returncode}"
-        return None
+            why = said.decode(errors="replace").strip()
+            raise _Failed(why or f"it ended with code {process.returncode}")
 
     def _clear(self) -> None:
         """Delete what killed processes left behind, which may be what fills the disk."""

@@ -535,6 +535,27 @@ async def test_a_folder_that_is_slow_to_read_holds_nobody_up(
     assert len(files(tmp_path / "backups")) == 1
 
 
+async def test_a_folder_that_does_not_answer_is_a_failure_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, found = threading.Event(), Backups._found
+
+    def dead(backups: Backups) -> dict[Path, float]:
+        assert there.wait(60)
+        return found(backups)
+
+    monkeypatch.setattr(Backups, "_found", dead)
+    monkeypatch.setattr("condor_lite.backup._ANSWER_WITHIN_S", 0.2)
+    clock, folder = SteppedClock(START_S), tmp_path / "backups"
+    async with stored(tmp_path, 10) as db, service(db, clock, folder) as backups:
+        await clock.run_until(START_S + 1)
+        assert "does not answer" in (backups.state.failure or "")
+        there.set()
+        while backups.state.failure:
+            await clock.run_until(clock.now() + 600)
+        assert len(files(folder)) == 1
+
+
 async def test_a_game_makes_them_when_the_config_says_so(tmp_path: Path) -> None:
     async with orchestrated() as orchestrator:
         text = REMOTE.format(port=orchestrator.port) + '[backup]\nevery = "1h"\n'

@@ -11,7 +11,7 @@ ROOT = Path(condor_lite.__file__).parent
 
 # From top to bottom; a package stands for all of its modules, whose order among each other is free.
 HOUSE = [
-    *("__init__", "errors", "stopping", "watchdog", "clock", "tracker", "game"),
+    *("__init__", "errors", "stopping", "watchdog", "aside", "clock", "tracker", "game"),
     *("config_values", "config_document", "config_settings", "config_sections", "config", "reload", "logs"),
     *(
         "pacer",
