@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -219,3 +220,24 @@ async def test_twenty_newcomers_share_one_encoded_month_and_cost_nobody_a_tick_o
                 assert points == list(range(points[0], points[-1] + 1, 5)), "each point once, in order"
                 assert points[0] <= START_S + 10
                 assert points[-1] >= stage.clock.now() - 5
+
+
+def _patience_ms(port: int) -> list[int]:
+    """For how long each of this process's connections to `port` waits for the network."""
+    found = []
+    for file in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(file.name))) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername()[1] == port:
+                found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+    return found
+
+
+async def test_a_connection_bears_seconds_without_a_network(tmp_path: Path) -> None:
+    model = ModelServer("model")
+    async with staged(tmp_path, PATIENT) as stage:
+        await stage.join(model)
+        found = _patience_ms(model.port)
+        assert found
+        assert all(patience_ms == 0 or patience_ms >= 10_000 for patience_ms in found), (
+            "0: as the system has it"
+        )

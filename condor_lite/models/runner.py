@@ -42,6 +42,7 @@ _SETUP_TIMEOUT_S = 60.0
 _CONNECT_ATTEMPTS = 3
 _REPLY_OVERHEAD_BYTES = 64 * 1024  # the channel's limit counts the framing too
 _AHEAD_BYTES = 256 * 1024  # of a reply, sent before this side has asked for more: most replies are shorter
+_NETWORK_PATIENCE_MS = 20_000  # gRPC's own
 _NO_MESSAGE = "the model's server sent bytes that are no reply of the protocol"
 MAX_NAME_CHARS = 200
 
@@ -167,15 +168,18 @@ class Connection(DynamicSubclassModelRunner):
 
     def _begin_connecting(self) -> None:
         self.problem = None
-        self.grpc_options += [
-            ("grpc.max_receive_message_length", self._max_reply_bytes + _REPLY_OVERHEAD_BYTES),
-            ("grpc.max_send_message_length", -1),
+        ours: dict[str, int] = {
+            "grpc.max_receive_message_length": self._max_reply_bytes + _REPLY_OVERHEAD_BYTES,
+            "grpc.max_send_message_length": -1,
             # No ping with each reply to learn how fast the line is: with the server's own, a third of a call.
-            ("grpc.http2.bdp_probe", 0),
-            ("grpc.http2.lookahead_bytes", _AHEAD_BYTES),
-        ]
+            "grpc.http2.bdp_probe": 0,
+            "grpc.http2.lookahead_bytes": _AHEAD_BYTES,
+            # TCP's patience, too: after the library's 0.5 s without a network every answer would be lost.
+            "grpc.keepalive_timeout_ms": _NETWORK_PATIENCE_MS,
+        }
         if self.ip.startswith(("127.", "unix:")):
-            self.grpc_options.append(("grpc.enable_http_proxy", 0))
+            ours["grpc.enable_http_proxy"] = 0
+        self.grpc_options: list[tuple[str, Any]] = [*{**dict(self.grpc_options), **ours}.items()]
 
     async def setup(self, grpc_channel: Any) -> tuple[bool, Any]:
         # Replies stay bytes within gRPC: what its own decoding can't read, it would hand on as None.
