@@ -38,6 +38,7 @@ LEAST_FREE_BYTES = 256 * 2**20
 
 _OWN_DESCRIPTORS = 128  # database, pool, report and feed
 _DESCRIPTORS_A_MODEL = 4
+_MOST_DESCRIPTORS = 65_536
 _CONNECT_S = 3.0
 _AHEAD_S = 3600.0
 
@@ -270,13 +271,29 @@ def _models(config: Config) -> Iterator[str]:
     for model in models:
         if problem := model.problem or _syntax_problem(model):
             yield f"model {model.model_id} in {model.path}: {problem}"
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, limit = _open_files()
     needed = _OWN_DESCRIPTORS + _DESCRIPTORS_A_MODEL * len(models)
-    if limit != resource.RLIM_INFINITY and limit < needed:
+    if limit < needed:
         yield (
             f"{len(models)} models need about {needed} open files, {limit} are allowed; "
             f"start it after `ulimit -n {needed}`, or with LimitNOFILE={needed} under systemd"
         )
+
+
+def allow_open_files() -> None:
+    """As many as this process may have at all: often a tenth is the limit until somebody asks for more."""
+    soft, most = _open_files()
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def _open_files() -> tuple[int, int]:
+    """How many may be open, and how many could be allowed; no more than are ever needed."""
+    soft, hard = (
+        _MOST_DESCRIPTORS if limit == resource.RLIM_INFINITY else min(limit, _MOST_DESCRIPTORS)
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    return soft, hard
 
 
 def _syntax_problem(model: ModelFolder) -> str | None:

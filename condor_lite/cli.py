@@ -247,7 +247,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from condor_lite import config as configuration
     from condor_lite import logs
-    from condor_lite.check import obstacles
+    from condor_lite.check import allow_open_files, obstacles
 
     config = _config(arguments)
     load = partial(configuration.load, _config_path(arguments), os.environ)
@@ -256,6 +256,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return EXIT_BAD_START
     if stopping.asked():
         return 0
+    allow_open_files()
     import asyncio
 
     from condor_lite import supervisor

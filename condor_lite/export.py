@@ -20,6 +20,7 @@ from typing import BinaryIO, TextIO
 from condor_lite.config_values import WrongValueError, read_when
 from condor_lite.formats import FORMATS, ExportError
 from condor_lite.storage import exports, repositories
+from condor_lite.storage.backup import refuse_own
 from condor_lite.storage.exports import Row, Table, Wanted
 
 _GROUP_CHARACTERS = 16 * 2**20
@@ -76,6 +77,9 @@ def export(
     if not tables:
         raise ExportError(f"no {_NAMES[kind]} are stored in that range, of what was asked for")
     paths = [place / f"{table.name}.{format_}" if kind == "prices" else place for table in tables]
+    (database,) = conn.execute("SELECT file FROM pragma_database_list WHERE name = 'main'").fetchone()
+    for path in paths:
+        refuse_own(Path(database), path)
     _refuse_existing(paths, overwrite)
     with ExitStack() as files:
         return [
@@ -153,14 +157,15 @@ def _refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file under a temporary name that becomes `path` in the end, or vanishes where anything fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    target = path.resolve()  # a link stays one
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise ExportError(f"{path} can't be written: {error.strerror or error}") from error
     finally:

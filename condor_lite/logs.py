@@ -1,14 +1,16 @@
 """Structured logs: an event name plus fields, a line each, for a console or as JSON.
 
 Lines are written by a thread of their own: a terminal that is paused or a full pipe must not hold the event
-loop.
+loop. What libraries complain of, asyncio among them, goes the same way.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import sys
 import threading
+import time
 from collections.abc import MutableMapping
 from functools import partial
 from typing import Any, TextIO
@@ -19,13 +21,36 @@ import structlog
 from condor_lite.config import LogConfig
 
 _MAX_WAITING_LINES = 10_000
+_SAME_AGAIN_S = 60.0
+_MOST_REMEMBERED = 1000
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+
+
+class _Libraries(logging.Handler):
+    """What libraries log, from warnings on, as lines like all others: the same once a minute at most."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._again_s: dict[tuple[str, str], float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        what = record.getMessage()
+        key, now_s = (record.name, what), time.monotonic()
+        if now_s < self._again_s.get(key, now_s):
+            return
+        if len(self._again_s) >= _MOST_REMEMBERED:
+            self._again_s.clear()
+        self._again_s[key] = now_s + _SAME_AGAIN_S
+        structlog.get_logger().log(
+            record.levelno, "library_complains", library=record.name, what=what, exc_info=record.exc_info
+        )
 
 
 class _Writer:
     """A file that never blocks; lines that a stuck reader does not take are counted and dropped."""
 
     def __init__(self, stream: TextIO) -> None:
+        self.libraries = _Libraries()
         self._stream = stream
         self._lines: queue.Queue[str | None] = queue.Queue(_MAX_WAITING_LINES)
         self._dropped = 0
@@ -70,6 +95,8 @@ class _Writer:
 
     def close(self, wait_s: float) -> None:
         """Write what waits, for at most `wait_s`."""
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(self.libraries)
         try:
             self._lines.put_nowait(None)
         except queue.Full:
@@ -99,6 +126,8 @@ def configure(config: LogConfig, stream: TextIO | None = None) -> _Writer:
     """Set structlog up for the process; the writer is to be closed at the end."""
     writer = _Writer(stream if stream is not None else sys.stdout)
     writer.set_up(config)
+    logging.getLogger().addHandler(writer.libraries)
+    logging.captureWarnings(True)
     return writer
 
 

@@ -192,7 +192,12 @@ async def test_a_copy_takes_no_name_that_it_must_not(tmp_path: Path) -> None:
         ):
             with pytest.raises(StorageError, match=said):
                 back_up(db.path, tmp_path / name, tell=nobody)
-        for target, said in ((other.path, "a game runs on"), (tmp_path / "open.db", "open.db-wal is there")):
+        os.mkfifo(tmp_path / "pipe")
+        for target, said in (
+            (other.path, "a game runs on"),
+            (tmp_path / "open.db", "open.db-wal is there"),
+            (tmp_path / "pipe", "is no ordinary file"),
+        ):
             with pytest.raises(StorageError, match=said):
                 back_up(db.path, target, overwrite=True, tell=nobody)
         assert (tmp_path / "there.db").read_text() == "mine"

@@ -260,10 +260,29 @@ def test_too_few_descriptors_for_the_models_are_named(
 ) -> None:
     for number in range(3):
         model(f"m{number}")
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 4096))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (50, 100))
     (problem,) = check(read())
     assert problem.startswith("3 models need about 140 open files, 100 are allowed")
     assert "ulimit -n 140" in problem
+
+
+@pytest.mark.parametrize(
+    ("had", "gets"),
+    [
+        ((256, 4096), (4096, 4096)),
+        ((1024, resource.RLIM_INFINITY), (65_536, resource.RLIM_INFINITY)),
+        ((100_000, 524_288), None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
+    ],
+)
+def test_the_game_may_open_as_many_files_as_it_is_allowed(
+    had: tuple[int, int], gets: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: had)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    checking.allow_open_files()
+    assert asked == ([gets] if gets else [])
 
 
 def test_a_full_disk_is_named(read: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:

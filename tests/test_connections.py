@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -346,3 +348,26 @@ async def test_a_network_of_ipv6_counts_as_one_address() -> None:
 def behind(made: server.Server) -> int:
     """How many are sent something that they do not take."""
     return sum(bool(one.transport.get_write_buffer_size()) for one in made.connections)
+
+
+async def test_without_descriptors_visitors_wait_and_it_is_said_a_few_times(served: server.Server) -> None:
+    told: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: told.append(what))
+    visitors = [socket.create_connection(("127.0.0.1", served.port), 30) for _ in range(2)]
+    late = [socket.socket() for _ in range(50)]
+    await until(lambda: len(served.connections) == len(visitors))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        for visitor in late:
+            visitor.settimeout(30)
+            visitor.connect(("127.0.0.1", served.port))
+        await until(lambda: told)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(told) < 100
+    await until(lambda: len(served.connections) == len(visitors) + len(late))
+    for visitor in (*visitors, *late):
+        visitor.close()

@@ -459,6 +459,32 @@ async def test_payloads_come_as_they_were_sent(tmp_path: Path, suffix: str) -> N
     assert [row["densities"] for row in rows] == [PAYLOAD.decode(), "" if suffix == "csv" else None] * 3
 
 
+async def test_the_games_own_files_and_devices_are_never_replaced(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link.csv"
+    os.mkfifo(pipe)
+    async with played(tmp_path) as conn:
+        game = tmp_path / "game.db"
+        content = game.read_bytes()
+        (tmp_path / "another.name").symlink_to(game)
+        for name, said in (
+            (game.name, "belongs to the game itself"),
+            (f"{game.name}-wal", "belongs to the game itself"),
+            (f"{game.name}.lock", "belongs to the game itself"),
+            ("another.name", "belongs to the game itself"),
+            ("pipe", "is no ordinary file"),
+            (".", "is no ordinary file"),
+        ):
+            with pytest.raises(StorageError, match=said):
+                export(conn, "scores", tmp_path / name, ALL, overwrite=True)
+        assert game.read_bytes() == content
+        assert pipe.is_fifo()
+        link.symlink_to(tmp_path / "meant.csv")
+        (tmp_path / "meant.csv").write_text("old")
+        export(conn, "scores", link, ALL, overwrite=True)
+    assert link.is_symlink()
+    assert len(read_back(link)) == 6
+
+
 async def test_an_export_can_be_of_some_times_assets_and_models(tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import warnings
 from typing import TYPE_CHECKING
 
 import pytest
@@ -62,3 +64,28 @@ def test_a_name_that_the_console_cannot_show_on_a_full_disk_does_not_end_the_log
     assert not disk.full
     assert b"Mod\\xe8le 2" in disk.getvalue()
     assert b"lost" not in disk.getvalue()
+
+
+@pytest.mark.parametrize("style", ["console", "json"])
+def test_what_libraries_complain_of_is_in_the_log_and_nowhere_else(
+    style: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.StringIO()
+    writer = logs.configure(LogConfig(format=style), stream)
+    for _ in range(3):
+        logging.getLogger("asyncio").error("no descriptors are %s", "left", exc_info=OSError(24, "too many"))
+    logging.getLogger("asyncio").error("something else")
+    logging.getLogger("asyncio").info("nothing of note")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("this is old", stacklevel=1)
+    writer.close(5)
+    logging.getLogger("asyncio").error("too late")
+    said = stream.getvalue()
+    assert said.count("library_complains") == 3
+    assert said.count("no descriptors are left") == 1
+    assert "OSError: [Errno 24] too many" in said
+    assert "something else" in said
+    assert "this is old" in said
+    assert "nothing of note" not in said
+    assert "descriptors" not in "".join(capfd.readouterr())

@@ -18,6 +18,7 @@ from condor_lite.pacer import Pacer
 from condor_lite.report.connections import REQUEST_WITHIN_S, SECURITY_HEADERS, Connection, check
 
 _BACKLOG = 1024
+_ACCEPTS_A_TURN = 4
 _SEND_BUFFER_BYTES = 128 * 1024
 _CHECK_EVERY_S = 1.0
 _REQUESTS_A_TURN = 4
@@ -79,6 +80,8 @@ class _Uvicorn(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(_BACKLOG)  # what asyncio accepts in a turn need not be all that may wait
         self.serving.set()
 
     async def watch(self) -> None:
@@ -128,7 +131,8 @@ class Server:
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                backlog=_BACKLOG,
+                # asyncio tries so often in a turn, also where no descriptors are left, and tells each time.
+                backlog=_ACCEPTS_A_TURN,
                 headers=list(SECURITY_HEADERS.items()),
                 timeout_keep_alive=int(REQUEST_WITHIN_S),
                 timeout_graceful_shutdown=_GRACE_S,

@@ -50,7 +50,7 @@ def back_up(database: Path, target: Path, *, overwrite: bool = False, tell: Told
     Raises StorageError where the copy can't be made or is not sound; there is no new file then, and what
     stands at `target` is as it was.
     """
-    database, target = database.resolve(), target.absolute()
+    database, target = database.resolve(), target.resolve()
     if not database.is_file():
         raise StorageError(
             f"there is no database at {database}; start the game first, or correct storage.path"
@@ -92,13 +92,20 @@ def restore(source: Path, database: Path, *, tell: Told) -> Restored:
     return Restored(size_bytes, former)
 
 
+def refuse_own(database: Path, target: Path) -> None:
+    """Raise StorageError where `target` is one of the game's own files, or no ordinary file at all."""
+    own = {database, lock_path(database), *(Path(f"{database}{suffix}") for suffix in _BESIDE)}
+    if target.resolve() in own:
+        raise StorageError(f"{target} belongs to the game itself; name another file")
+    if target.exists() and not target.is_file():
+        raise StorageError(f"{target} is no ordinary file, and can't be replaced by one; name another")
+
+
 def _refuse(database: Path, target: Path, overwrite: bool) -> None:
     """Raise StorageError where a copy must not take the name `target`."""
     if target.is_dir():
         raise StorageError(f"{target} is a folder; name a file, such as {target / database.name}")
-    own = {database, lock_path(database), *(Path(f"{database}{suffix}") for suffix in _BESIDE)}
-    if target.resolve() in own:
-        raise StorageError(f"{target} belongs to the game itself; name another file")
+    refuse_own(database, target)
     if os.path.lexists(target) and not overwrite:
         raise StorageError(f"{target} is there already; name another file, or replace it with --overwrite")
     if lock_holder(target) is not None:

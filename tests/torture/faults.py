@@ -19,6 +19,7 @@ from tests.program import catches
 from tests.torture.worlds import SPEED, Live, Replayed, World
 
 _SAID_WITHIN_S = 30.0
+_MOST_SAID_BYTES = 2**20
 _LESS_THAN_NUMPY_TAKES = 64 * 2**20
 _HOUR_S = 3600
 _YEAR_S = 365 * 86400
@@ -51,7 +52,7 @@ def _endured(world: World, spell: Spell, said: str) -> list[str]:
 
 
 def _asked_meanwhile(world: World, spell: Spell, from_s: int, end: Callable[[], object]) -> list[str]:
-    """End a fault that keeps the game from writing, and see that it asked all the time, and stored that."""
+    """End a fault, and see that the game asked all the time, and has stored that."""
     end()
     last_s = from_s + spell.span_s * SPEED
     until_s = time.monotonic() + _SAID_WITHIN_S
@@ -227,6 +228,7 @@ def descriptors(world: World, spell: Spell) -> list[str]:
     """no more file descriptors for the game, with visitors at its port and a scoring process killed"""
     game = psutil.Process(world.run.process.pid)
     soft, hard = game.rlimit(resource.RLIMIT_NOFILE)
+    said_bytes, from_s = world.run.console.stat().st_size, world.newest_round_s()
     game.rlimit(resource.RLIMIT_NOFILE, (game.num_fds(), hard))
     with ExitStack() as visitors:
         for _ in range(20):
@@ -235,8 +237,14 @@ def descriptors(world: World, spell: Spell) -> list[str]:
         if worker := world.child("spawn_main"):
             worker.kill()
         time.sleep(spell.span_s)
-    game.rlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return []
+
+    def end() -> None:
+        game.rlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    wrong = _asked_meanwhile(world, spell, from_s, end)
+    if (grown := world.run.console.stat().st_size - said_bytes) > _MOST_SAID_BYTES:
+        wrong.append(f"{grown} bytes were logged meanwhile")
+    return wrong
 
 
 def port_taken(world: World, spell: Spell) -> list[str]:
