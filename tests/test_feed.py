@@ -31,6 +31,7 @@ from condor_lite.config import (
 from condor_lite.errors import ConfigError, StartError, StorageUnavailable
 from condor_lite.game.entities import Setting
 from condor_lite.prices import intake, saving
+from condor_lite.prices.book import PriceBook
 from condor_lite.prices.feed import Feed
 from condor_lite.prices.replay import ReplaySource
 from condor_lite.prices.source import SourceError, UnknownAsset
@@ -337,6 +338,67 @@ async def test_a_database_that_can_not_be_written_delays_no_tick_and_loses_no_po
             locked = False
     assert [entry["event"] for entry in logs] == ["prices_not_stored"]
     assert max(await stored(db, "BTC")) == T + 600
+
+
+async def test_prices_that_wait_for_days_take_little_room_and_are_not_lost(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "_RETRY_FIRST_S", 0.001)
+    monkeypatch.setattr(saving, "_RETRY_MOST_S", 0.001)
+    store, refused, full = repositories.add_prices, asyncio.Event(), True
+
+    def refuse(conn: sqlite3.Connection, *rest: object) -> int:
+        if full:
+            loop.call_soon_threadsafe(refused.set)
+            raise StorageUnavailable("the disk is full")
+        return store(conn, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saving.repositories, "add_prices", refuse)
+    loop, clock = asyncio.get_running_loop(), SteppedClock(T)
+    keep_s, ticks = 5 * DAY_S, 20_000
+    saver = saving.Saver(clock, db, PriceBook(HOUR_S, 60), 60, keep_s)
+    with capture_logs() as logs:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(saver.run)
+            for number in range(ticks):
+                ts_s = T + 60 * number
+                saver.add("BTC", "one" if number % 10 else "two", [(ts_s, 1 / (number + 3))])
+                if number % 1000 == 999:
+                    await clock.run_until(ts_s)
+                    for _ in range(2):  # the first one may have begun before
+                        refused.clear()
+                        await refused.wait()
+            assert saver.waiting < keep_s / 60 + 5000
+            full = False
+            with anyio.fail_after(120):
+                while saver.waiting:  # noqa: ASYNC110 - nobody is told
+                    await asyncio.sleep(0.01)
+            tasks.cancel_scope.cancel()
+    assert told(logs, "prices_not_stored", "prices_stored_again") == [
+        "prices_not_stored",
+        "prices_stored_again",
+    ]
+    assert "prices_given_up" in {entry["event"] for entry in logs}
+    kept = await stored(db, "BTC")
+    first = ticks - keep_s // 60
+    assert all(kept[T + 60 * number] == 1 / (number + 3) for number in range(first, ticks))
+    series, names = await db.read(repositories.load_series, "BTC", T + 60 * (ticks - 10), T + 60 * ticks)
+    assert series.source is not None
+    assert [names[at] for at in series.source] == ["two", *["one"] * 9]
+
+
+async def test_a_correction_that_was_stored_too_late_is_told(db: Database) -> None:
+    clock = SteppedClock(T + 1)
+    saver = saving.Saver(clock, db, PriceBook(HOUR_S, 60), 60, DAY_S)
+    saver.add("BTC", "one", [(T, 100.0)])
+    saver.revise("BTC", "one", [(T, 101.0)])
+    await clock.run_until(T + 61)
+    with capture_logs() as logs:
+        await saver.save()
+    assert await stored(db, "BTC") == {T: 100.0}
+    assert [(entry["event"], entry["at_s"], entry["source_says"]) for entry in logs] == [
+        ("price_differs", T, 101.0)
+    ]
 
 
 # A live source's good and bad days

@@ -64,7 +64,6 @@ class Feed:
     def __init__(
         self, config: Config, clock: Clock, db: Database, source: Source, *fallbacks: Source
     ) -> None:
-        self._config = config
         self._clock = clock
         self._db = db
         self._source = source
@@ -86,7 +85,8 @@ class Feed:
         again = min(-(-settle_s // self._tick_s) + _AGAIN_TICKS, _AGAIN_MOST_TICKS)
         again = min(again, *(channel.source.page_points // 2 for channel in channels))
         self._again_s = again * self._tick_s
-        self._saver = Saver(clock, db, self.book, settle_s)
+        self._keep_s = max(config.storage.keep_prices_s, self._history_s)
+        self._saver = Saver(clock, db, self.book, settle_s, self._keep_s)
         self._intake = Intake(clock, self.book, self._saver, self._again_s)
         self._past = Past(clock, db, self._intake, list(self._lines.values()), self._tick_s, self._history_s)
         self._callbacks: list[Callable[[frozenset[str]], None]] = []
@@ -237,7 +237,7 @@ class Feed:
             tick_s=self._tick_s,
             history_s=self._history_s,
             fine_s=self._fine_s,
-            keep_s=max(self._config.storage.keep_prices_s, self._history_s),
+            keep_s=self._keep_s,
         )
 
     async def _complete_history(self) -> None:

@@ -56,7 +56,7 @@ def load_clock(conn: sqlite3.Connection) -> float | None:
 def add_prices(
     conn: sqlite3.Connection,
     asset: str,
-    points: Sequence[tuple[int, float]],
+    points: Iterable[Sequence[float]],
     source: str,
     ingested_at_ms: int,
 ) -> int:
