@@ -36,7 +36,7 @@ from condor_lite.models.output import cap
 
 LOG_BYTES = 1_000_000
 
-_PORT_TIMEOUT_S = 20.0
+_PORT_TIMEOUT_S = 60.0
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _PASSED_ON = (
     "PATH",
