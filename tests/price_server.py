@@ -108,7 +108,7 @@ class PriceServer:
         self._connections += 1
         number = self._connections
         try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
+            while not self._over.is_set() and (head := await reader.readuntil(b"\r\n\r\n")):
                 if not await self._answer(_parsed(head, number), writer):
                     break
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -120,6 +120,7 @@ class PriceServer:
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> bool:
         self.requests.append(request)
         fault = self.outage or (self.faults.pop(0) if self.faults else None)
+        date = http_date(self.now())  # first: in what it calls closed, nothing may be open yet
         if fault is None:
             status, answer = self.answer(request)
             body, headers = orjson.dumps(answer), ()
@@ -140,7 +141,7 @@ class PriceServer:
         length = len(body) // 2 if fault is CUT else len(body)
         lines = [f"HTTP/1.1 {status} Status", "Content-Type: application/json", f"Content-Length: {length}"]
         if self.dated:
-            lines.append(f"Date: {http_date(self.now())}")
+            lines.append(f"Date: {date}")
         lines += [f"{name}: {value}" for name, value in headers]
         sent = body[: len(body) // 2] if fault in (RESET, CUT) else body
         writer.write("\r\n".join([*lines, "", ""]).encode() + sent)

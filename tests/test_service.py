@@ -18,6 +18,7 @@ import pytest
 from condor_lite import config as configuration
 from condor_lite.cli import main
 from tests import served
+from tests.program import LIMIT_S
 
 pytestmark = pytest.mark.anyio
 
@@ -117,7 +118,7 @@ async def test_the_health_check_tells_a_game_that_answers_from_one_that_does_not
 
     async with served.serve(tmp_path) as game:
         port = game.server.port
-        assert await healthy(port)
+        assert any([await healthy(port) for _ in range(3)])  # so often it is tried, on a slow machine, too
     assert not await healthy(port)
 
 
@@ -146,7 +147,7 @@ def verify(text: str, folder: Path) -> str:
         ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(file)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT_S,
     )
     return "\n".join(line for line in done.stderr.splitlines() if "condor" in line)
 
@@ -181,7 +182,7 @@ def test_the_folders_can_be_made_as_the_unit_says(tmp_path: Path, capsys: pytest
     text = unit(folder, capsys, '[backup]\nevery = "6h"\n')
     (line,) = [line for line in text.splitlines() if "install -d" in line]
     command = line.removeprefix("#").replace("-o daemon ", "")
-    subprocess.run(["sh", "-c", command], check=True, timeout=60)
+    subprocess.run(["sh", "-c", command], check=True, timeout=LIMIT_S)
     assert (folder / "data").is_dir()
     assert (folder / "backups").stat().st_mode & 0o777 == 0o700
 

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -302,13 +304,16 @@ async def test_retry_after_is_seconds_or_a_date_on_the_sources_clock(
     await source.aclose()
 
 
-async def test_a_source_that_wants_to_be_left_alone_is(source: WebSource, server: PriceServer) -> None:
+async def test_a_source_that_wants_to_be_left_alone_is(
+    source: WebSource, server: PriceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "time", SimpleNamespace(time=lambda: NOW_S, monotonic=lambda: 50.0))
     server.faults = [Fault(429, headers=(("Retry-After", "40"),))]
     with pytest.raises(SourceError):
         await hour(source)
     with pytest.raises(SourceError, match=r"left alone for 40 s more \(HTTP 429\)") as caught:
         await source.fetch("ETH", MINUTE_S - 60, MINUTE_S, 60)
-    assert caught.value.retry_after_s == pytest.approx(40, abs=5)
+    assert caught.value.retry_after_s == 40
     assert len(server.requests) == 1
 
 
@@ -354,7 +359,16 @@ async def test_a_body_without_end_is_not_read(server: PriceServer) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
-async def test_nobody_there(host: str) -> None:
+async def test_nobody_there(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = socket.getaddrinfo
+
+    def look_up(name: bytes | str, *more: Any, **options: Any) -> Any:
+        """As a name server says that answers, and at once."""
+        if name in ("nowhere.invalid", b"nowhere.invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return known(name, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
         url = f"http://{host}:{unheard.getsockname()[1]}"
@@ -389,17 +403,21 @@ async def test_pyth_says_what_is_wrong_with_status_200(server: PriceServer) -> N
 # -- clocks --------------------------------------------------------------------------------------------------
 
 
-async def test_the_sources_clock_is_compared_with_ours(source: WebSource, server: PriceServer) -> None:
+async def test_the_sources_clock_is_compared_with_ours(
+    source: WebSource, server: PriceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours_s = NOW_S + 0.9
+    monkeypatch.setattr(web, "time", SimpleNamespace(time=lambda: ours_s, monotonic=time.monotonic))
     assert source.skew_s is None
     server.dated = False
     assert len(await hour(source)) == 60
     assert source.skew_s is None
     server.dated = True
     for ahead_s in (-30.0, 0.0, 45.0):
-        server.now = lambda ahead_s=ahead_s: time.time() + ahead_s
+        server.now = lambda ahead_s=ahead_s: ours_s + ahead_s
         for _ in range(5):
             await hour(source)
-        assert source.skew_s == pytest.approx(ahead_s, abs=1.0)
+        assert source.skew_s == pytest.approx(ahead_s, abs=0.5), "a Date is of whole seconds"
 
 
 # -- symbols -------------------------------------------------------------------------------------------------

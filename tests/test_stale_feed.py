@@ -85,6 +85,6 @@ async def test_models_are_given_their_history_once_it_is_there(tmp_path: Path) -
         await stage.play(30)
         assert not model.ticks
         blocked = False
-        await stage.play(40)
+        await stage.play(60)  # longer than it ever waits by then, and not until nobody waits for it any more
         await until(lambda: model.ticks)
     assert {asset: len(points) for asset, points in model.ticks[0].items()} == {"BTC": 360, "ETH": 360}
