@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +26,9 @@ from tests.prices import record, wild_walk
 COMMAND = (sys.executable, "-m", "condor_lite")
 LIMIT_S = 120.0
 """For what takes seconds, on a machine that has much else to do."""
+
+SLOWNESS = ("event_loop_held", "process_was_stopped", "reason='the process was held up'")
+"""What a game rightly says of a machine that is too busy for it."""
 
 DEMO = """
 [[game.settings]]
@@ -69,12 +73,12 @@ workers = 1
 [orchestrator]
 port = 0
 """
-RECORDED_MINUTES = 150
+RECORDED_MINUTES = 1_500
 RECORDED_FROM_S = 1_700_000_400
 
 
 def replaying(folder: Path) -> None:
-    """Make it a game of two models on recorded prices, whose time runs 60 times as fast."""
+    """Make it a game of two models on a day of recorded prices, whose time runs 60 times as fast."""
     (folder / "config.toml").write_text(REPLAY)
     for name in ("constant_normal", "student_t"):
         shutil.copytree(EXAMPLES / name, folder / "models" / name)
@@ -84,13 +88,28 @@ def replaying(folder: Path) -> None:
         record(folder / "prices", asset, zip(ends_s, prices, strict=True))
 
 
+_PORTS = 2_000  # of each process that runs tests
+_given: set[int] = set()
+
+
+def cut_short(folder: Path, last_s: int) -> None:
+    """Let the recorded prices end at this time."""
+    for path in (folder / "prices").iterdir():
+        header, *rows = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([header, *(row for row in rows if int(row.split(",")[0]) <= last_s)]))
+
+
 def free_port() -> int:
     """Below the range that connections are given theirs from: nobody else takes it before it is bound."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 12_000 + worker % 10 * _PORTS
     while True:
-        port = random.randrange(12_000, 32_000)
+        port = random.randrange(first, first + _PORTS)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 class Program:
@@ -117,7 +136,7 @@ class Program:
             )
 
     def get(self, path: str) -> Any:
-        reply = httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=10, trust_env=False)
+        reply = httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=LIMIT_S, trust_env=False)
         return reply.raise_for_status().json()
 
     def until(self, happened: Callable[[], Any]) -> Any:
@@ -135,6 +154,15 @@ class Program:
         """Until all of them are on the console."""
         self.until(lambda: all(word in self.console.read_text() for word in words))
 
+    def complaints(self) -> list[str]:
+        """The warnings and errors on the console that no machine gives by being slow."""
+        lines = self.console.read_text().splitlines()
+        return [
+            line
+            for line in lines
+            if re.search("Traceback|warning|error", line) and not any(event in line for event in SLOWNESS)
+        ]
+
     def family(self) -> list[psutil.Process]:
         try:
             this = psutil.Process(self.process.pid)
@@ -151,7 +179,7 @@ class Program:
     def ended(self, family: Sequence[psutil.Process] = ()) -> int:
         """Wait for its end and that of its processes; the exit code."""
         code = self.process.wait(LIMIT_S)
-        _, alive = psutil.wait_procs(family, timeout=30)
+        _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
         assert not alive, f"outlived the program: {[process.cmdline() for process in alive]}"
         return code
 

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.program import LIMIT_S
+
 WINDOWS_H = {"score_recent": 24, "score_steady": 72, "score_anchor": 168}
 FINAL = ("scored", "void", "missed", "skipped")
 _TOLERANCE = 1e-7
@@ -59,7 +61,7 @@ class Books:
 
     path: Path
     settings: tuple[Asked, ...]
-    patience_s: float = 30.0
+    patience_s: float = LIMIT_S
     """How long the leaderboard may take to follow the rows."""
     answers: set[Row] = field(default_factory=set)
     rounds: dict[Row, str] = field(default_factory=dict)
@@ -69,7 +71,7 @@ class Books:
     """The rounds that were open when the game was killed."""
 
     def open(self) -> sqlite3.Connection:
-        return sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=30)
+        return sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=LIMIT_S)
 
     def note(self) -> None:
         """Remember all that is on disk: from now on it may not go."""

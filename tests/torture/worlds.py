@@ -26,7 +26,7 @@ from tests import fleet
 from tests.fleet import ModelServer, Orchestrator
 from tests.price_server import Fault, PriceServer, Request, price
 from tests.prices import record, wild_walk
-from tests.program import Program, free_port
+from tests.program import LIMIT_S, Program, free_port
 from tests.torture.books import Asked, Books
 
 START_S = 1_700_002_800  # a full hour
@@ -194,7 +194,7 @@ class World:
     def problems(self) -> str:
         """What /readyz says is wrong; empty when all is well."""
         with suppress(httpx.TransportError):
-            reply = httpx.get(f"http://127.0.0.1:{self.run.port}/readyz", timeout=10)
+            reply = httpx.get(f"http://127.0.0.1:{self.run.port}/readyz", timeout=LIMIT_S)
             return "" if reply.status_code == 200 else reply.text
         return "no answer"
 
@@ -212,7 +212,7 @@ class World:
         return self.newest_round_s() > newest_s and not self.problems()
 
     def published(self) -> list[dict[str, Any]]:
-        until_s = time.monotonic() + 30
+        until_s = time.monotonic() + LIMIT_S
         while True:
             try:
                 rows: list[dict[str, Any]] = self.run.get("/reports/leaderboard")
@@ -329,7 +329,7 @@ class Live(World):
             self._loop.close()
 
     def do(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(LIMIT_S)
 
     async def _open(self) -> None:
         await self.prices.__aenter__()
