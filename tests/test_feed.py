@@ -739,6 +739,20 @@ async def test_a_silent_market_does_not_swing_between_sources(db: Database) -> N
     assert feed.book.newest_s("BTC") == T + 3 * HOUR_S + 240
 
 
+async def test_no_source_is_asked_for_more_than_a_page(db: Database) -> None:
+    clock = SteppedClock(T + 2)
+    quiet = set(range(T + 60, T + HOUR_S, 60))
+    sources = [LiveSource(name=name, quiet=quiet, page_points=5) for name in ("first", "second")]
+    feed = Feed(configure("BTC"), clock, db, *sources)
+    await feed.start()
+    async with running(feed):
+        await clock.run_until(T + HOUR_S + 300)
+    assert feed.book.newest_s("BTC") == T + HOUR_S + 240
+    for source in sources:
+        assert source.asked
+        assert max((until_s - after_s) / step_s for _, after_s, until_s, step_s in source.asked) <= 5
+
+
 async def test_at_the_start_the_next_source_is_asked_at_once(db: Database) -> None:
     def fault(asset: str, until_s: int) -> None:
         raise SourceError("HTTP 451: blocked here")

@@ -12,6 +12,7 @@ import pytest
 
 from condor_lite.clock import LiveClock
 from condor_lite.config import Config, load
+from condor_lite.prices import online
 from condor_lite.prices.coinbase import CoinbaseSource
 from condor_lite.prices.source import Source
 from condor_lite.prices.witness import Witness
@@ -151,6 +152,24 @@ async def test_a_source_that_answers_nonsense_is_no_witness(scene: Scene) -> Non
             return None
 
     assert not await Witness(scene.config, LiveClock(START_S), [Own()], lambda: None).look()
+
+
+async def test_a_source_of_short_pages_is_a_witness_and_shown_by_the_check(scene: Scene) -> None:
+    class Own(Source):
+        name = "own"
+        page_points = 2
+
+        async def fetch(self, asset: str, after_s: int, until_s: int, step_s: int) -> list[tuple[int, float]]:
+            if until_s - after_s > 2 * step_s:
+                raise ValueError("too many points")
+            return [(START_S - 120, 1.0)] if after_s < START_S - 120 <= until_s else []
+
+    clock = LiveClock(START_S - 5 * HOUR_S)
+    assert clock.doubt
+    assert await Witness(scene.config, clock, [Own()], lambda: None).look()
+    assert clock.doubt is None
+    (found,), _ = await online.look([Own()], ["BTC"], 60, 180, lambda: START_S)
+    assert found.point == (START_S - 120, 1.0)
 
 
 @pytest.mark.parametrize("dated", [True, False])

@@ -358,8 +358,10 @@ class Feed:
                 continue
             until_s = self._timing.settled_s(supply)
             newest_s = self.book.newest_s(line.asset) or until_s - self._tick_s
+            page_s = supply.source.page_points * self._tick_s
+            span = Span(max(newest_s - 1, until_s - page_s), until_s, self._tick_s)
             try:
-                delivers = await self._intake.probe(line, supply, Span(newest_s - 1, until_s, self._tick_s))
+                delivers = await self._intake.probe(line, supply, span)
             except Exception as error:
                 supply.failed(line.asset, error, now_s)
                 continue

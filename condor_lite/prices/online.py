@@ -10,9 +10,9 @@ import anyio
 
 from condor_lite.config_values import shown_duration
 from condor_lite.prices.grid import Point
-from condor_lite.prices.source import Source, SourceError, UnknownAsset
+from condor_lite.prices.source import Source, SourceError, UnknownAsset, newest_points
 
-_REACH_S = 4 * 3600  # one page, whatever the source
+_REACH_S = 4 * 3600
 _TIMEOUT_S = 60.0
 _SKEW_TOLD_S = 2.0
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
@@ -123,8 +123,7 @@ async def _newest(source: Source, asset: str, tick_s: int, now_s: float) -> Poin
     end_s = source.end_s(asset)
     until_s = int(now_s) if end_s is None else min(int(now_s), end_s)
     after_s = until_s - max(_REACH_S, 2 * tick_s)
-    points = await source.fetch(asset, after_s, until_s, tick_s)
-    return max((point for point in points if after_s < point[0] <= until_s), default=None)
+    return max(await newest_points(source, asset, after_s, until_s, tick_s), default=None)
 
 
 def _cells(look: Look) -> tuple[str, ...]:

@@ -62,3 +62,14 @@ class Source(Protocol):
 
     async def aclose(self) -> None:
         """Give back what it holds."""
+
+
+async def newest_points(source: Source, asset: str, after_s: int, until_s: int, step_s: int) -> list[Point]:
+    """The newest page of a range that has any point; `[]` where none has. Raises what `fetch` does."""
+    while until_s > after_s:
+        from_s = max(after_s, until_s - source.page_points * step_s)
+        points = await source.fetch(asset, from_s, until_s, step_s)
+        if inside := [point for point in points if from_s < point[0] <= until_s]:
+            return inside
+        until_s = from_s
+    return []

@@ -13,7 +13,7 @@ from condor_lite.clock import LEAP_S, Clock, GameClock, LiveClock, machine_s
 from condor_lite.config import Config
 from condor_lite.prices.grid import Point
 from condor_lite.prices.replay import ReplaySource
-from condor_lite.prices.source import Source
+from condor_lite.prices.source import Source, newest_points
 from condor_lite.storage.ahead import forget_ahead
 from condor_lite.storage.database import Database
 
@@ -145,12 +145,11 @@ class Witness:
     async def _fetched(
         self, source: Source, asset: str, until_s: float, span_s: int | None = None
     ) -> list[Point] | None:
-        """The points that are fresh at `until_s`, or of so long; None where the source can't be asked."""
+        """Newest points that are fresh at `until_s`, or of so long; None where the source can't be asked."""
         from_s, to_s = int(until_s) - (span_s or self._fresh_s), int(until_s)
         try:
             with anyio.fail_after(_TIMEOUT_S):
-                points = await source.fetch(asset, from_s, to_s, self._tick_s)
-            return [point for point in points if from_s < point[0] <= to_s]
+                return await newest_points(source, asset, from_s, to_s, self._tick_s)
         except Exception as error:  # an own feed may raise anything; the feed says what is wrong with it
             log.debug("no_witness", source=source.name, asset=asset, error=str(error))
             return None
