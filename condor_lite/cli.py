@@ -267,6 +267,7 @@ def _run(arguments: argparse.Namespace) -> int:
         stored = asyncio.run(supervisor.run(config, Reloader(config, load, writer.set_up)))
     finally:
         writer.close(wait_s=2.0)
+    stopping.over()
     return 0 if stored else 1
 
 

@@ -38,6 +38,15 @@ def restore() -> None:
         raise KeyboardInterrupt
 
 
+def over() -> None:
+    """The end is near, and the exit code certain: no signal changes that any more.
+
+    The interpreter gives its handlers up before it ends, and a signal that comes then would end it in its own way.
+    """
+    for number in (*_SIGNALS, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def asked() -> bool:
     """Whether an end was asked for."""
     return _asked > 0

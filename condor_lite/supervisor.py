@@ -17,7 +17,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from condor_lite import __version__, stopping
 from condor_lite.alarms import Alarms, stale_price
 from condor_lite.backup import Backups
-from condor_lite.clock import Clock, GameClock, LiveClock
+from condor_lite.clock import Clock, GameClock, LiveClock, machine_s
 from condor_lite.config import Config
 from condor_lite.control import Control
 from condor_lite.errors import CondorError, StorageUnavailable
@@ -357,7 +357,8 @@ async def _start(
     orchestrator: Orchestrator | None = None
     port = config.orchestrator.port
     if config.orchestrator.mode == "local":
-        orchestrator = Orchestrator(config, config.storage.path.parent)
+        believed_s = machine_s if witness is None else clock.now
+        orchestrator = Orchestrator(config, config.storage.path.parent, believed_s=believed_s)
         models = [Service("models", orchestrator.run, news.tell)]
         await tasks.start(models[0].serve)
         port = orchestrator.port

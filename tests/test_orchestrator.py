@@ -67,9 +67,9 @@ def add_model(tmp_path, source, model_id=None):
 
 
 @asynccontextmanager
-async def orchestrating(tmp_path, patience=QUICK, **orchestrator):
+async def orchestrating(tmp_path, patience=QUICK, believed_s=time.time, **orchestrator):
     before = set(psutil.Process().children())  # such as multiprocessing's own
-    orch = Orchestrator(config_in(tmp_path, **orchestrator), tmp_path / "data", patience)
+    orch = Orchestrator(config_in(tmp_path, **orchestrator), tmp_path / "data", patience, believed_s)
     async with anyio.create_task_group() as tasks:
         assert await tasks.start(orch.run) == orch.port
         try:
@@ -477,3 +477,16 @@ async def test_the_logs_of_removed_models_go_in_time(tmp_path):
         with anyio.fail_after(20):
             while (logs / "left.log").exists():  # noqa: ASYNC110
                 await anyio.sleep(0.02)
+
+
+async def test_a_clock_that_is_not_believed_forgets_no_log(tmp_path):
+    logs = tmp_path / "data" / "models-log"
+    logs.mkdir(parents=True)
+    for name, days in (("old", 400), ("new", 100)):
+        (logs / f"{name}.log").write_text("said")
+        os.utime(logs / f"{name}.log", (time.time() - days * 86400,) * 2)
+    async with orchestrating(tmp_path, replace(QUICK, forget_s=0.1), lambda: time.time() - 365 * 86400):
+        with anyio.fail_after(LIMIT_S):
+            while (logs / "old.log").exists():  # noqa: ASYNC110
+                await anyio.sleep(0.02)
+    assert (logs / "new.log").exists()

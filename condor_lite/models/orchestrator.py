@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import socket
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -27,6 +27,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
+from condor_lite.clock import machine_s
 from condor_lite.config import Config
 from condor_lite.errors import StartError
 from condor_lite.models.folder import FolderWatch, ModelFolder
@@ -81,11 +82,19 @@ class Orchestrator:
     Time is the wall's throughout: this is process supervision, whatever the game's clock does.
     """
 
-    def __init__(self, config: Config, data_dir: Path, patience: Patience | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data_dir: Path,
+        patience: Patience | None = None,
+        believed_s: Callable[[], float] = machine_s,
+    ) -> None:
+        """`believed_s`: the time by a clock that does not follow a machine's that leaps (epoch seconds)."""
         self.port = config.orchestrator.port
         self._config = config
         self._log_dir = data_dir.absolute() / "models-log"
         self._patience = patience or Patience()
+        self._believed_s = believed_s
         self._watch = FolderWatch(config.orchestrator.models.absolute())
         self._models: dict[str, tuple[LocalModel, anyio.CancelScope]] = {}
         self._clients: set[_Client] = set()
@@ -174,16 +183,21 @@ class Orchestrator:
 
     async def _follow_folders(self, tasks: TaskGroup, settings: LaunchSettings) -> None:
         forget_at_s = -math.inf
+        readable = True
         while True:
             try:
                 found = await anyio.to_thread.run_sync(self._watch.scan)
             except OSError as error:
-                log.warning("models_folder_unreadable", path=error.filename, error=error.strerror)
+                if readable:
+                    log.warning("models_folder_unreadable", path=error.filename, error=error.strerror)
+                readable = False
             else:
+                readable = True
                 self._take_over({model.model_id: model for model in found}, tasks, settings)
                 if anyio.current_time() >= forget_at_s:
                     forget_at_s = anyio.current_time() + self._patience.forget_s
-                    before_s = time.time() - self._config.storage.keep_predictions_s
+                    now_s = min(machine_s(), self._believed_s())
+                    before_s = now_s - self._config.storage.keep_predictions_s
                     await anyio.to_thread.run_sync(
                         forget_logs, self._log_dir, frozenset(self._models), before_s
                     )

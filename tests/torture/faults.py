@@ -155,9 +155,7 @@ def terminate_twice(world: World, spell: Spell) -> list[str]:
     code = world.run.end()
     world.books.note_killed()
     world.start()
-    # Python gives its handlers up when it is about to end: the signal itself ends it then.
-    at_once = (128 + signal.SIGTERM, -signal.SIGTERM)
-    return [] if code == 0 or code in at_once else [f"exit code {code} after two SIGTERMs"]
+    return [] if code in (0, 128 + signal.SIGTERM) else [f"exit code {code} after two SIGTERMs"]
 
 
 def terminate_locked(world: World, spell: Spell) -> list[str]:
