@@ -41,7 +41,7 @@ def restore() -> None:
 def over() -> None:
     """The end is near, and the exit code certain: no signal changes that any more.
 
-    The interpreter gives its handlers up before it ends, and a signal that comes then would end it in its own way.
+    The interpreter gives its handlers up before it ends: a signal that came then would end it by itself.
     """
     for number in (*_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
