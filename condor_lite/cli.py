@@ -263,12 +263,16 @@ def _run(arguments: argparse.Namespace) -> int:
     from condor_lite.reload import Reloader
 
     writer = logs.configure(config.log)
+
+    async def play() -> int:
+        code = 0 if await supervisor.run(config, Reloader(config, load, writer.set_up)) else 1
+        stopping.over(code)
+        return code
+
     try:
-        stored = asyncio.run(supervisor.run(config, Reloader(config, load, writer.set_up)))
+        return asyncio.run(play())
     finally:
         writer.close(wait_s=2.0)
-    stopping.over()
-    return 0 if stored else 1
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType
 
+_END_WITHIN_S = 5.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _asked = 0
 _then: Callable[[], None] | None = None
@@ -38,13 +40,17 @@ def restore() -> None:
         raise KeyboardInterrupt
 
 
-def over() -> None:
-    """The end is near, and the exit code certain: no signal changes that any more.
+def over(code: int) -> None:
+    """All is done: the process ends with this code, whatever signal still comes, and soon, whatever hangs.
 
     The interpreter gives its handlers up before it ends: a signal that came then would end it by itself.
+    And it waits for every thread, such as one that reads from a disk of a network that is gone.
     """
     for number in (*_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    end = threading.Timer(_END_WITHIN_S, os._exit, (code,))
+    end.daemon = True
+    end.start()
 
 
 def asked() -> bool:

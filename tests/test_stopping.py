@@ -1,11 +1,16 @@
-"""What a signal does once a program's end is certain: nothing."""
+"""A program whose end is certain ends, and with the exit code that is certain, too."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.program import program, replaying
 
 ENDING = """
 import os, signal, sys, types
@@ -18,7 +23,7 @@ class Late:
 stopping.install()
 sys.modules["late"] = types.ModuleType("late")
 sys.modules["late"].late = Late()  # goes when the interpreter has given its handlers up
-stopping.over()
+stopping.over(2)
 sys.exit(1)
 """
 
@@ -29,3 +34,16 @@ def test_a_signal_in_the_last_moment_does_not_change_the_exit_code(name: str) ->
         [sys.executable, "-c", ENDING.format(name=name)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1, done.stderr
+
+
+def test_a_disk_that_hangs_holds_up_no_orderly_end(tmp_path: Path) -> None:
+    replaying(tmp_path)
+    with program(tmp_path) as run:
+        run.until_said("round_closed")
+        config = tmp_path / "config.toml"
+        config.unlink()
+        os.mkfifo(config)
+        run.process.send_signal(signal.SIGHUP)
+        with config.open("wb"):  # open once it is read, and then no byte comes
+            assert run.end() == 0
+    assert "stored=everything" in run.console.read_text()
