@@ -321,6 +321,7 @@ class Lane:
                 f"the answer is too large: {len(reply.payload)} bytes, at most {open_round.max_answer_bytes}"
             )
             reply = Reply(Outcome.TOO_LARGE, reply.exec_time_us, detail)
+        self.connection.answered |= reply.outcome is Outcome.SUCCESS
         floor.settle(open_round, participant, reply)
         if code := _GIVEN_UP_AT_ONCE.get(reply.outcome):
             floor.give_up(participant, code, reply.detail or "")

@@ -305,7 +305,7 @@ class PredictLoop:
             for no in open_round.asked
             if no not in open_round.outcomes and not (cut_short and no not in open_round.provisional)
         ]
-        answers = [self._no_answer(open_round, no, now_ms) for no in silent]
+        answers = [self._no_answer(open_round, by_no[no], now_ms) for no in silent]
         for answer in answers:
             open_round.outcomes[answer.model_no] = answer.status
             by_no[answer.model_no].last_error = answer.detail
@@ -354,8 +354,14 @@ class PredictLoop:
             known.trusted = len(known.suspected) < _SUSPECT_AT_MOST
         return f"{len(silent)} of {len(voters)} models timed out together: the host was at fault"
 
-    def _no_answer(self, open_round: OpenRound, model_no: int, now_ms: int) -> Answer:
+    def _no_answer(self, open_round: OpenRound, known: Participant, now_ms: int) -> Answer:
+        model_no = known.model.model_no
         lost = open_round.provisional.get(model_no)
+        detail = "no answer by the round's deadline"
+        if known.lane is None:
+            detail = "disconnected before it answered"
+        elif model_no not in open_round.reached:
+            detail = "busy with an earlier call until the round's deadline"
         waited_us = now_ms * 1000 - (open_round.round.performed_at_ms or now_ms) * 1000
         return Answer(
             round_no=open_round.round_no,
@@ -363,7 +369,7 @@ class PredictLoop:
             status=AnswerStatus.FAILED if lost else AnswerStatus.TIMEOUT,
             received_at_ms=now_ms,
             exec_time_us=lost.exec_time_us if lost else max(waited_us, 0),
-            detail=lost.detail if lost else "no answer by the round's deadline",
+            detail=lost.detail if lost else detail,
         )
 
     def _absent(self, open_round: OpenRound) -> list[int]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import subprocess
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -89,3 +92,20 @@ def test_what_libraries_complain_of_is_in_the_log_and_nowhere_else(
     assert "this is old" in said
     assert "nothing of note" not in said
     assert "descriptors" not in "".join(capfd.readouterr())
+
+
+def test_grpc_is_silent_from_the_start() -> None:
+    script = """
+import os, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "grpc":
+            print(os.environ.get("GRPC_VERBOSITY"))
+
+sys.meta_path.insert(0, Watch())
+import condor_lite.supervisor
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    ran = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, check=True)
+    assert ran.stdout == b"NONE\n"

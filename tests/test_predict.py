@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest, CallResponse, SetupRequest
 
+from benchmarks import predict as measured
 from condor_lite.game.entities import RoundStatus
 from tests import fleet
 from tests.fleet import ModelServer
+from tests.fleet.model import Wire
+from tests.fleet.process import FleetProcess
 from tests.stage import CONFIG, START_S, staged, until
 
 pytestmark = pytest.mark.anyio
@@ -86,8 +89,10 @@ async def test_a_model_that_is_withdrawn_in_the_middle_of_a_call_takes_no_other_
         await playing
         await stage.play(30)
         assert stage.ready("good")
-        statuses = {status for (model_id, _), (status, _) in (await stage.answers()).items()}
-        assert "SUCCESS" in statuses
+        told = (await stage.answers()).items()
+        assert "SUCCESS" in {status for (model_id, _), (status, _) in told}
+        left = [reason for (model_id, _), reason in told if model_id == "hanging"]
+        assert left == [("TIMEOUT", "disconnected before it answered")]
 
 
 async def test_a_failing_model_is_told_why_and_given_up_at_the_limit(tmp_path: Path) -> None:
@@ -162,6 +167,22 @@ async def test_a_model_that_is_stuck_on_one_call_is_given_up(tmp_path: Path) -> 
         assert {status for (model_id, _), (status, _) in answers.items() if model_id == "good"} == {"SUCCESS"}
 
 
+async def test_a_model_that_is_busy_from_one_round_to_the_next_is_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        measured, "CONFIG", measured.CONFIG.replace('timeout = "{interval}"', 'timeout = "50s"')
+    )
+    busy = "SELECT count(*) FROM prediction WHERE detail LIKE 'busy with an earlier call%'"
+    async with (
+        FleetProcess(4, {"deaf": 1}) as models,
+        measured.playing(models.port) as game,
+        asyncio.timeout(120),
+    ):
+        while not await game.db.read(lambda conn: conn.execute(busy).fetchone()[0]):
+            await game.next_rounds(1)
+
+
 async def test_an_instance_that_was_set_up_before_by_the_orchestrator_gets_the_history(
     tmp_path: Path,
 ) -> None:
@@ -206,6 +227,27 @@ async def test_a_model_that_never_lasts_is_set_up_ever_more_rarely_and_given_up(
         await until(lambda: stage.orchestrator.reports)
         assert stage.orchestrator.reports[0]["failure_code"] == "MULTIPLE_FAILED"
         assert model.setups < 10
+
+
+async def test_a_model_that_only_takes_its_history_is_not_given_it_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def forgets(model: ModelServer, request: CallRequest) -> Wire:
+        if request.methodName == "tick":
+            return await fleet.answers_well(model, request)
+        model.instance = False
+        return fleet.refusal("FAILED_PRECONDITION", "Setup has not been called yet")
+
+    monkeypatch.setattr("condor_lite.models.fleet._SETUP_PAUSE_S", 0.01)
+    model = ModelServer("a", forgets)
+    config = CONFIG.replace("max_consecutive_failures = 3", "max_consecutive_failures = 1000")
+    async with staged(tmp_path, config) as stage, asyncio.timeout(120):
+        await stage.join(model)
+        while not stage.orchestrator.reports:
+            await stage.play(5)
+            await asyncio.sleep(0.005)
+            assert model.setups < 10
+        assert "without a good answer in any round" in stage.orchestrator.reports[0]["failure_reason"]
 
 
 async def test_the_same_announcement_twice_is_one_connection(tmp_path: Path) -> None:

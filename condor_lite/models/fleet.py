@@ -38,7 +38,8 @@ _RECONNECT_S = 1.0
 _TOLD_ANEW_S = 60.0  # how soon after another message that can't be read the list is asked for again
 _MAX_EVENT_BYTES = 32 * 2**20  # an `init` of 1,000 models takes about 250 kB
 _CONNECTS_A_TURN = 1
-_MOST_SETUPS = 6  # in a row, without one good answer
+_MOST_SETUPS = 6  # in a row, without a good answer in a round
+_LASTS_S = 60.0  # a connection without a round in that time is as good as one with a good answer
 _SETUP_PAUSE_S = 1.0  # before the third, doubled with each: the second follows at once
 _HELD_OFF_S = 60.0  # how long the same deployment is not tried again after it was refused
 _MAX_REFUSED = 10_000
@@ -251,7 +252,7 @@ class Fleet:
                     setups = 1 if lasted else setups + 1
                     if setups >= _MOST_SETUPS:
                         assert berth.connection is not None
-                        reason = f"set up {setups} times without one good answer"
+                        reason = f"set up {setups} times without a good answer in any round"
                         self.give_up(berth.connection, "MULTIPLE_FAILED", reason)
                     if setups > 1:
                         await asyncio.sleep(_SETUP_PAUSE_S * 2.0 ** (setups - 2))
@@ -269,7 +270,7 @@ class Fleet:
                     self._berths.pop(berth.model_id, None)
 
     async def _session(self, berth: _Berth) -> bool:
-        """Connect, set up and serve the model until it is to be set up anew; whether it ever answered."""
+        """Connect, set up and serve the model until it is to be set up anew; whether it lasted."""
         connection = berth.connection = self._connection(berth)
         try:
             await self._pacer.turn()
@@ -279,14 +280,15 @@ class Fleet:
                 self.give_up(connection, _FAILURES.get(error, "MULTIPLE_FAILED"), reason)
                 await anyio.sleep_forever()  # giving up has cancelled the berth
             self._take_over(berth, connection)
+            since_s = time.monotonic()
             with anyio.CancelScope() as berth.session:
                 await self._serve(connection)
+            return connection.answered or time.monotonic() - since_s > _LASTS_S
         finally:
             if self.running.get(berth.model_id) is connection:
                 del self.running[berth.model_id]
             with anyio.CancelScope(shield=True), anyio.move_on_after(5):
                 await connection.close()
-        return connection.answers > 0
 
     def _connection(self, berth: _Berth) -> Connection:
         infos = _infos(berth.entry)

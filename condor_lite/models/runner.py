@@ -110,8 +110,8 @@ class Connection(DynamicSubclassModelRunner):
         self.setup_timeout = _SETUP_TIMEOUT_S
         self.retry_attempts = _CONNECT_ATTEMPTS
         self.fresh = True
-        self.answers = 0
-        """How many calls it has answered well."""
+        self.answered = False
+        """Whether it has answered well in a round."""
         self.problem: str | None = None
         """Why the last attempt to connect failed, for the host."""
         self._max_reply_bytes = max_reply_bytes
@@ -244,7 +244,6 @@ class Connection(DynamicSubclassModelRunner):
             return reply(Outcome.PROTOCOL, f"{type(error).__name__}: {first_line(str(error))}")
         code = response.status.code
         if code == "SUCCESS":
-            self.answers += 1
             return reply(*_payload(response.methodResponse))
         detail = first_line(response.status.message)
         if code == "FAILED_PRECONDITION":
