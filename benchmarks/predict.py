@@ -61,6 +61,7 @@ interval = "{interval}"
 [feed]
 tick = "{tick}"
 history = "{history}"
+max_staleness = "1h"
 
 [predict]
 timeout = "{interval}"
@@ -147,6 +148,8 @@ class Game:
     news: News
     prices_s: dict[int, float]
     """By the time of the round to come, when its prices were at hand."""
+    prices: anyio.CancelScope
+    """Cancelled, no new ones come."""
 
     async def connected(self, models: int) -> None:
         """Return when so many models have their history."""
@@ -202,11 +205,17 @@ async def playing(
         news = News()
         feed.subscribe(lambda assets: news.tell(PricesCame(assets)))
         predict = PredictLoop(config, clock, db, journal, feed, port, lambda closed: None, news.tell)
+        prices = anyio.CancelScope()
+
+        async def feeding() -> None:
+            with prices:
+                await feed.run()
+
         async with anyio.create_task_group() as tasks:
-            for run in (journal.run, predict.fleet.run, feed.run, predict.run):
+            for run in (journal.run, predict.fleet.run, feeding, predict.run):
                 tasks.start_soon(run)
             spare_the_loop()
-            yield Game(config, db, journal, predict, feed, news, prices_s)
+            yield Game(config, db, journal, predict, feed, news, prices_s, prices)
             await predict.finish(1.0)
             tasks.cancel_scope.cancel()
 
@@ -300,10 +309,11 @@ async def bare_client(game: Game, port: int) -> AsyncIterator[Bare]:
         _argument(3, VariantType.INT, setting.step_s.to_bytes(8, "little")),
     ]
 
-    async def calls() -> float:
+    async def calls(tick: bool) -> float:
         points = orjson.dumps({setting.asset: [[int(time.time()), 95_000.0]]})
         started_s = time.perf_counter()
-        await client.call("tick", ([_argument(1, VariantType.JSON, points)], []))
+        if tick:
+            await client.call("tick", ([_argument(1, VariantType.JSON, points)], []))
         results = await client.call("predict", (predict, []))
         spent_s = time.perf_counter() - started_s
         if len(results) != len(client.model_cluster.models_run):
@@ -318,24 +328,55 @@ async def bare_client(game: Game, port: int) -> AsyncIterator[Bare]:
         client.model_cluster.ws_client.disconnect_sync = lambda: None
 
 
-Bare = Callable[[], Awaitable[float]]
-"""Ticks and asks all models, and returns how long that took."""
+Bare = Callable[[bool], Awaitable[float]]
+"""Ticks all models, or does not, asks them, and returns how long that took."""
 
 
 def _argument(position: int, kind: Any, value: bytes) -> Argument:
     return Argument(position=position, data=Variant(type=kind, value=value))
 
 
-async def _beside_bare(game: Game, port: int, rounds: int) -> tuple[list[Times], float, Beats]:
-    """Rounds, in turns with bare calls: their median time, and the loop's delay in the rounds only."""
-    held, reference, beats = [], [], Beats()
+@dataclass
+class Beside:
+    """Rounds in turns with bare calls, the median time of these, and the loop delay in the rounds."""
+
+    held: list[Times] = field(default_factory=list)
+    bare_s: float = 0.0
+    beats: Beats = field(default_factory=Beats)
+
+    def lost(self, models: int) -> int:
+        return sum(models - len(times.stored_s) for times in self.held)
+
+    @property
+    def open_s(self) -> float:
+        """From a round's opening to its last answer on disk, the median."""
+        return statistics.median(times.ended_s - times.opened_s for times in self.held)
+
+
+async def _beside_bare(game: Game, port: int, rounds: int) -> tuple[Beside, Beside]:
+    """Rounds, each with a tick of new prices before it; then some without, as between two ticks."""
     async with bare_client(game, port) as bare:
         await game.next_rounds(2)
-        for _ in range(rounds):
-            async with watched(beats):
-                held += await game.next_rounds(1)
-            reference.append(await bare())
-    return held, statistics.median(reference), beats
+        ticked = await _in_turns_with(bare, True, game, rounds)
+        game.prices.cancel()
+        await game.next_rounds(1)
+        return ticked, await _in_turns_with(bare, False, game, rounds)
+
+
+async def _in_turns_with(bare: Bare, tick: bool, game: Game, rounds: int) -> Beside:
+    beside, reference = Beside(), []
+    for _ in range(rounds):
+        async with watched(beside.beats):
+            beside.held += await game.next_rounds(1)
+        reference.append(await bare(tick))
+    beside.bare_s = statistics.median(reference)
+    return beside
+
+
+def compare_asked(name: str, quiet: Beside, models: int, target: str = "") -> None:
+    """Print one row: a round before which there was no new price."""
+    note = f"{quiet.open_s / quiet.bare_s:.2f}   (bare predict {ms(quiet.bare_s)}{target})"
+    row(name, ms(quiet.open_s), f"{note}; {quiet.lost(models)} lost; {quiet.beats}")
 
 
 # -- latency -------------------------------------------------------------------------------------------------
@@ -346,13 +387,13 @@ async def latency() -> None:
     models = 100
     async with FleetProcess(models) as fleet, playing(fleet.port) as game:
         await game.connected(models)
-        rounds, theirs_s, beats = await _beside_bare(game, fleet.port, 12)
-        ours_s = statistics.median(map(game.spent_s, rounds))
-    lost = sum(models - len(times.stored_s) for times in rounds)
+        ticked, quiet = await _beside_bare(game, fleet.port, 12)
+        ours_s = statistics.median(map(game.spent_s, ticked.held))
     print(f"latency: {models} models, 60 segments: prices at hand -> tick, predict, committed; median of 12")
-    row("bare tick, bare predict", ms(theirs_s), "1.00 (reference; stores nothing)")
-    note = f"(target <= 1.2, and <= 60 ms); {lost} lost; {beats}"
-    row("this game", ms(ours_s), f"{ours_s / theirs_s:.2f}   {note}")
+    row("bare tick, bare predict", ms(ticked.bare_s), "1.00 (reference; stores nothing)")
+    note = f"(target <= 1.2, and <= 60 ms); {ticked.lost(models)} lost; {ticked.beats}"
+    row("this game", ms(ours_s), f"{ours_s / ticked.bare_s:.2f}   {note}")
+    compare_asked("no new price: opened -> committed", quiet, models)
 
 
 # -- isolation -----------------------------------------------------------------------------------------------
@@ -446,15 +487,17 @@ async def scale() -> None:
             await game.connected(models)
             await game.next_rounds(1)
             memory = (process.memory_info().rss - before) / models / 1000
-            held, bare_s, beats = await _beside_bare(game, fleet.port, rounds)
-            spent_s = statistics.median(map(game.spent_s, held))
-        round_s = statistics.median(times.ended_s - times.opened_s for times in held)
-        lost = sum(models - len(times.stored_s) for times in held)
-        late_s = max(times.opened_s - times.scheduled_at_s for times in held)
+            ticked, quiet = await _beside_bare(game, fleet.port, rounds)
+            spent_s = statistics.median(map(game.spent_s, ticked.held))
+        late_s = max(times.opened_s - times.scheduled_at_s for times in ticked.held)
         costs_s[models] = spent_s / models
-        note = f"{spent_s / bare_s:.2f}   (bare {ms(bare_s)}); {1e6 * costs_s[models]:.0f} us a model"
-        row(f"{models} models", ms(spent_s), f"{note}; {lost} lost; {memory:.0f} kB a model")
-        row("", "", f"round opened -> all committed {ms(round_s)}; {beats}; opened at most {ms(late_s)} late")
+        ratio, cost = f"{spent_s / ticked.bare_s:.2f}", f"{1e6 * costs_s[models]:.0f} us a model"
+        note = f"{ratio}   (bare {ms(ticked.bare_s)}); {cost}"
+        row(f"{models} models", ms(spent_s), f"{note}; {ticked.lost(models)} lost; {memory:.0f} kB a model")
+        note = f"round opened -> all committed {ms(ticked.open_s)}; {ticked.beats}"
+        row("", "", f"{note}; opened at most {ms(late_s)} late")
+        target = "; target <= 500 ms" if models == 1000 else ""
+        compare_asked("  no new price: opened -> committed", quiet, models, target)
     row("a model of 1,000 to one of 100", f"{costs_s[1000] / costs_s[100]:.2f}", "(target: linear)")
 
 
