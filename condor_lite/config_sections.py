@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -455,7 +456,11 @@ _SEVERAL_SOURCES = strings(
 def _read_sources(value: Any, base: Path) -> tuple[str, ...]:
     names: tuple[str, ...] = _SEVERAL_SOURCES.read(value if isinstance(value, list) else [value], base)
     for name in names:
-        _SOURCE.read(name, base)
+        try:
+            _SOURCE.read(name, base)
+        except WrongValueError as error:
+            near = get_close_matches(name.lower(), SIMULATED_SOURCES + LIVE_SOURCES, n=1)
+            raise WrongValueError(f"{error}{f'; did you mean {near[0]}?' if near else ''}") from None
         if name in SIMULATED_SOURCES and len(names) > 1:
             raise WrongValueError(f'must be live sources in a list; "{name}" stands alone')
     return names

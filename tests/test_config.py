@@ -259,6 +259,7 @@ WRONG = [
     ),
     ("feed.source = []", "must be one source, or a list of sources"),
     ('feed.source = ["coinbase", "bitstamp"]', 'must be "synthetic", "replay", "coinbase"'),
+    ('feed.source = ["coinbase", "Krakn"]', "did you mean kraken?"),
     ('feed.source = ["kraken", "kraken"]', '"kraken" is there twice'),
     ('feed.source = ["coinbase", "synthetic"]', '"synthetic" stands alone'),
     ('feed.source = "coinbase"\ngame.speed = 2', "must be 1 unless feed.source is"),

@@ -95,7 +95,15 @@ class Intake:
         sound = sorted((ts_s, price) for ts_s, price in inside.items() if price > 0 and math.isfinite(price))
         rejected = inside.keys() - {ts_s for ts_s, _ in sound} - supply.rejected
         if rejected:
-            log.warning("prices_rejected", asset=asset, source=supply.source.name, count=len(rejected))
+            at_s = max(rejected)
+            log.warning(
+                "prices_rejected",
+                asset=asset,
+                source=supply.source.name,
+                count=len(rejected),
+                at_s=at_s,
+                price=inside[at_s],
+            )
             supply.rejected = {ts_s for ts_s in supply.rejected | rejected if ts_s > page.until_s - 3600}
         return sound
 

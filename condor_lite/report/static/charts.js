@@ -32,11 +32,11 @@
   const escape = (text) => text.replace(/[&<>]/g, (char) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[char]);
   const decimals = (price) => Math.max(2, 6 - String(Math.trunc(Math.abs(price))).length);
 
-  // plotly shows times as they are written: in the reader's zone.
-  const local = (seconds) => {
-    const at = new Date(seconds * 1000);
-    return new Date(at - at.getTimezoneOffset() * 60000).toISOString().slice(0, 19).replace("T", " ");
-  };
+  // plotly shows times as they are written: in the reader's zone, by what its clocks say at the chart's end. An axis
+  // that followed them through a change would have an hour twice, or none.
+  let behind = 0;
+  const clocks = ({ t, end }) => (behind = new Date((end ?? t?.at(-1) ?? 0) * 1000).getTimezoneOffset() * 60000);
+  const local = (seconds) => new Date(seconds * 1000 - behind).toISOString().slice(0, 19).replace("T", " ");
   const times = (list) => list.map(local);
 
   const axis = (more) => ({
@@ -186,6 +186,7 @@
     if (!block) return;
     const data = shown.get(element) ?? JSON.parse(block.textContent);
     shown.set(element, data);
+    clocks(data);
     const [traces, look] = KINDS[element.dataset.chart](data);
     element.querySelectorAll("noscript").forEach((note) => note.remove());
     window.Plotly.react(element, traces, look, config);
