@@ -77,19 +77,28 @@
     return waiting.has("reset") || element.dataset.live.split(" ").some((event) => waiting.has(event));
   });
 
+  const ownAddress = () => {
+    const address = new URL(location.href);
+    // What is not searched for is hidden here, not left out there.
+    if (document.querySelector("form[data-search]")) address.searchParams.delete("q");
+    return address.href;
+  };
+
   async function fetchParts() {
     timer = null;
     const elements = wanted();
+    const events = [...waiting];
     waiting.clear();
     if (!elements.length) return;
     fetching = true;
+    let again = true;
     try {
-      const address = new URL(location.href);
-      // What is not searched for is hidden here, not left out there.
-      if (document.querySelector("form[data-search]")) address.searchParams.delete("q");
+      const address = ownAddress();
       const answer = await fetch(address, { headers: { Accept: "text/html" }, cache: "no-cache" });
-      if (!answer.ok) return;
-      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      const html = await answer.text();
+      again = answer.status === 503 || address !== ownAddress(); // the server is busy; sorted otherwise meanwhile
+      if (again || !answer.ok) return;
+      const page = new DOMParser().parseFromString(html, "text/html");
       setClock(page.documentElement.dataset.now, page.documentElement.dataset.speed);
       const swapped = elements.filter((element) => swap(element, page.getElementById(element.id)));
       if (swapped.length) {
@@ -101,6 +110,7 @@
     } finally {
       fetching = false;
       fetched = Date.now();
+      if (again && !lost) events.forEach((event) => waiting.add(event));
       if (waiting.size) refresh();
     }
   }
