@@ -103,7 +103,7 @@ class Webhook:
                 client.stream("POST", self._config.url, content=body, headers=headers) as answer,
             ):
                 return None if answer.is_success else f"HTTP {answer.status_code}"
-        except TimeoutError:
+        except (TimeoutError, httpx.TimeoutException):  # whichever of the two notices first
             return f"no answer within {_TIMEOUT_S:.0f} s"
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             return f"{type(error).__name__}: {error}".rstrip(": ").replace(self._config.url, "the address")
