@@ -501,6 +501,19 @@ def test_times_are_the_readers_with_utc_on_hover(browser: Browser, site: Site) -
         assert {tick[:2] for tick in ticks} <= {f"{(there.hour + k) % 24:02}" for k in (-1, 0, 1)}
 
 
+def test_a_chart_goes_on_where_the_readers_clocks_are_set_back(browser: Browser, site: Site) -> None:
+    with visit(browser, site, "/prices", timezone_id="Europe/Berlin") as page:
+        chart = '[data-chart="prices"][data-asset="BTC"]'
+        page.locator(f"{chart} .scatterlayer").wait_for(state="attached")
+        for at in ("00:30", "00:50", "01:10"):  # 2:30, 2:50, and 2:10 again
+            news = {"assets": [{"asset": "BTC", "ts": f"2026-10-25T{at}:00Z", "price": 100.0}]}
+            page.evaluate(
+                "news => document.dispatchEvent(new CustomEvent('condor:prices', { detail: news }))", news
+            )
+        shown = page.evaluate("chart => document.querySelector(chart).data[0].x", chart)
+        assert shown[-3:] == [f"2026-10-25 {at}:00" for at in ("01:30", "01:50", "02:10")]
+
+
 def test_the_keyboard_gets_everywhere(browser: Browser, site: Site) -> None:
     with visit(browser, site, "/") as page:
         focused = "document.activeElement.textContent.trim()"

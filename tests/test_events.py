@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from condor_lite import supervisor
 from condor_lite.clock import SteppedClock
 from condor_lite.game.entities import ModelInfo, Round, RoundStatus
 from condor_lite.news import ModelJoined, News, RoundsNotHeld, RoundsOpened
+from condor_lite.report import connections, server
 from condor_lite.report import stream as streams
 from condor_lite.report.connections import SECURITY_HEADERS
 from condor_lite.report.events import EVENTS
@@ -39,7 +41,10 @@ Event = tuple[str, str, Any]
 
 
 @pytest.fixture
-async def game(tmp_path: Path) -> AsyncIterator[Game]:
+async def game(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Game]:
+    """Its server waits for slow readers for longer than it should: a busy machine makes all of them slow."""
+    monkeypatch.setattr(server, "_GRACE_S", 60)
+    monkeypatch.setattr(connections, "STALLED_AFTER_S", 600.0)
     async with serve(tmp_path, '[report]\ncors_origins = ["https://there.example"]\n') as made:
         yield made
 
@@ -55,7 +60,7 @@ class Reader:
 
     async def block(self) -> dict[str, str]:
         """The next lines up to an empty one, by field; a comment is the field ""."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while b"\n\n" not in self._buffer:
                 self._buffer += await anext(self._chunks)
         text, self._buffer = self._buffer.split(b"\n\n", 1)
@@ -65,7 +70,7 @@ class Reader:
         return found
 
     async def event(self) -> Event:
-        async with asyncio.timeout(60):  # a stream without events goes on with comments
+        async with asyncio.timeout(120):  # a stream without events goes on with comments
             while "data" not in (found := await self.block()):
                 pass
         data = orjson.loads(found["data"])
@@ -77,7 +82,7 @@ class Reader:
         return [(await self.event())[1] for _ in range(count)]
 
     async def ended(self) -> bool:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             async for _ in self._chunks:
                 pass
         return True
@@ -90,7 +95,7 @@ async def reading(
     transport = httpx.AsyncHTTPTransport(local_address=address)
     headers = {"last-event-id": last_event_id} if last_event_id is not None else {}
     async with (
-        httpx.AsyncClient(base_url=url, timeout=20, transport=transport) as client,
+        httpx.AsyncClient(base_url=url, timeout=120, transport=transport) as client,
         client.stream("GET", "/events", headers=headers, params=query) as response,
     ):
         assert response.status_code == 200
@@ -123,11 +128,10 @@ async def test_a_real_game_tells_what_happens(tmp_path: Path) -> None:
         await until(lambda: ready(game) == len(BUNDLED))
         await settle(game, clock, start_s + 3600)
         seen: list[Event] = []
-        while sum(name == "round_scored" for _, name, _ in seen) < 4:
+        by_name: defaultdict[str, list[Any]] = defaultdict(list)
+        while len(by_name["round_scored"]) < 4 or not by_name["leaderboard"]:
             seen.append(await reader.event())
-        by_name: dict[str, list[Any]] = {}
-        for _, name, data in seen:
-            by_name.setdefault(name, []).append(data)
+            by_name[seen[-1][1]].append(seen[-1][2])
         shown = (await client.get("/rounds?status=scored")).json()
 
     assert {model["model_id"] for model in by_name["model_joined"]} == {path.name for path in BUNDLED}
@@ -139,7 +143,6 @@ async def test_a_real_game_tells_what_happens(tmp_path: Path) -> None:
         assert event.items() <= row.items()
         assert event["answered"] == len(BUNDLED)
     assert {price["asset"] for event in by_name["prices"] for price in event["assets"]} == {"BTC", "XAU"}
-    assert by_name["leaderboard"]
     assert len({number for number, _, _ in seen}) == len(seen)
 
 
@@ -227,8 +230,10 @@ async def test_a_reader_that_never_reads_loses_events_and_hurts_nobody(game: Gam
             assert len(await reader.names(streams._KEPT - 1)) == streams._KEPT - 1
     got = b""
     while b"event: reset" not in got:
-        async with asyncio.timeout(20):
-            got += await loop.sock_recv(deaf, 65536)
+        async with asyncio.timeout(120):
+            part = await loop.sock_recv(deaf, 65536)
+        assert part, "it was cut off"
+        got += part
     assert got.count(b"event: model_joined") < count + streams._KEPT
     deaf.close()
     await until(lambda: not game.server.connections)
@@ -236,8 +241,8 @@ async def test_a_reader_that_never_reads_loses_events_and_hurts_nobody(game: Gam
 
 async def test_an_idle_stream_shows_that_it_lives() -> None:
     stream = Stream(heartbeat_s=0.01)
-    response = stream.open(Subscription(None))
-    chunks = [await anext(aiter(response.body_iterator)) for _ in range(3)]
+    async with aclosing(stream.open(Subscription(None)).body_iterator) as body:
+        chunks = [await anext(body) for _ in range(3)]
     assert chunks[1:] == [b":\n\n", b":\n\n"]
 
 

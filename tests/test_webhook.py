@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -523,11 +524,36 @@ async def test_at_the_end_of_a_recording_nothing_is_called_fresh(
     assert whats == ["ETH: the recording is over"]
 
 
-def test_each_disk_is_looked_at_once(tmp_path: Path) -> None:
+async def test_each_disk_is_looked_at_once(tmp_path: Path) -> None:
     (tmp_path / "backups").mkdir()
-    looked_at = alarms._free_bytes([tmp_path, tmp_path / "backups", Path("/proc"), tmp_path / "none"])
+    folders = [tmp_path, tmp_path / "backups", Path("/proc"), tmp_path / "none"]
+    looked_at = await alarms.DisksFree(folders).look()
     assert looked_at.keys() == {tmp_path, Path("/proc")}
     assert looked_at[tmp_path] > 0
+
+
+async def test_a_disk_that_does_not_answer_silences_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, disk_usage, there, looks = Path("/proc"), shutil.disk_usage, threading.Event(), []
+
+    def looked(folder: Path) -> Any:
+        if folder == dead:
+            looks.append(folder)
+            assert there.wait(60)
+        return disk_usage(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", looked)
+    monkeypatch.setattr(alarms, "_LOOK_MOST_S", 0.5)
+    disks = alarms.DisksFree([dead, tmp_path])
+    while tmp_path not in (found := await disks.look()):  # that takes longer on a very busy machine
+        pass
+    assert dead not in found
+    await disks.look()
+    assert len(looks) == 1, "one thread waits for it, and no second one"
+    there.set()
+    while dead not in await disks.look():
+        pass
 
 
 # The configuration
