@@ -9,6 +9,7 @@ import asyncio
 import math
 import sqlite3
 from collections.abc import Iterable
+from time import monotonic
 
 import structlog
 
@@ -36,6 +37,7 @@ class Upkeep:
         self._db = db
         self._journal = journal
         self._due_s = next_night_s(clock.now())
+        self._newest = (-math.inf, 0.0)  # the newest price's time, and when that was seen first (monotonic)
 
     async def run(self) -> None:
         """Look after the file until cancelled."""
@@ -48,11 +50,17 @@ class Upkeep:
             await self._clock.sleep_until(self._clock.now() + _EVERY_S * self._clock.speed)
 
     async def prune(self) -> None:
-        """Forget what is older than the host wants to keep, by the newest price where the clock is ahead.
+        """Forget what is older than the host wants to keep.
 
+        Where the clock is far ahead of the newest price, by that, and the time that was seen to pass since.
         Otherwise a machine whose clock is set a year ahead for a moment would forget the whole game.
         """
-        now_s = min(self._clock.now(), await self._db.read(_newest_price_s, self._config.game.assets))
+        newest_s = await self._db.read(_newest_price_s, self._config.game.assets)
+        steady_s = monotonic()
+        if newest_s > self._newest[0]:  # in the end the newest price itself is forgotten
+            self._newest = newest_s, steady_s
+        newest_s, since_s = self._newest
+        now_s = min(self._clock.now(), newest_s + (steady_s - since_s) * self._clock.speed)
         while await self._db.write(scores.prune, now_s, self._config.storage, _ROWS):
             await self._journal.flushed()
             await asyncio.sleep(_PAUSE_S)

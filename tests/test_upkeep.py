@@ -102,6 +102,21 @@ async def test_a_clock_that_is_far_ahead_makes_it_forget_nothing(tmp_path: Path)
         assert await one.count() == 100
 
 
+async def test_the_file_does_not_grow_while_the_feed_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steady_s = 0.0
+    monkeypatch.setattr("condor_lite.upkeep.monotonic", lambda: steady_s)
+    async with kept(tmp_path, MIDNIGHT_S) as one:
+        await one.prices(100)
+        await one.clock.run_until(MIDNIGHT_S + 301)
+        steady_s = 5 * 3600.0
+        await one.clock.run_until(MIDNIGHT_S + 4 * 3600 - 1000)
+        assert await one.count() == 100, "by the game's clock they are not old"
+        await one.clock.run_until(MIDNIGHT_S + 5 * 3600)
+        assert await one.count() == 0
+
+
 async def test_the_log_is_emptied_at_night(tmp_path: Path) -> None:
     async with kept(tmp_path, MIDNIGHT_S + 3600) as one:
         await one.prices(2500)
