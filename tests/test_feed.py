@@ -759,7 +759,9 @@ async def test_at_the_start_the_next_source_is_asked_at_once(db: Database) -> No
         raise SourceError("HTTP 451: blocked here")
 
     feed = Feed(configure("BTC"), SteppedClock(T + 2), db, LiveSource(fault=fault), LiveSource(name="other"))
-    await feed.start()
+    with capture_logs() as logs:
+        await feed.start()
+    assert [entry["source"] for entry in logs if entry["event"] == "feed_ready"] == ["other"]
     (state,) = feed.states()
     assert (state.source, state.newest_ts_s) == ("other", T)
 

@@ -154,7 +154,7 @@ class Feed:
             self.history_ready.set()
         log.info(
             "feed_ready",
-            source=self._source.name,
+            source=" ".join(dict.fromkeys(line.supply.source.name for line in self._lines.values())),
             points=sum(self.book.count(asset) for asset in self._lines),
             failed=[line.asset for line in self._lines.values() if line.supply.error],
         )
