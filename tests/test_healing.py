@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,12 @@ import websockets
 from condor_lite.models.runner import Connection, Reply
 from tests import fleet
 from tests.fleet import ModelServer
-from tests.stage import CONFIG, START_S, Stage, staged, until
+from tests.stage import START_S, Stage, staged, until, within
 
 pytestmark = pytest.mark.anyio
 
 MIB = 2**20
-PATIENT = CONFIG.replace('timeout = "2s"', 'timeout = "10s"')  # nobody here is slow but the machine
+PATIENT = within("10s")  # nobody here is slow but the machine
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +173,38 @@ async def test_who_hangs_at_the_start_delays_nobody(tmp_path: Path) -> None:
             await stage.play(40)
             await answered_all(stage, model, since_s=before_s)
             assert len(stage.predict.fleet.connecting) == 10, "all the others are still at it"
+
+
+@contextlib.asynccontextmanager
+async def slow_to_open(port: int, opens_in_s: float) -> AsyncIterator[int]:
+    """A port whose lines lead to `port`, and say nothing for so long at first."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            while data := await reader.read(MIB):
+                writer.write(data)
+                await writer.drain()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(opens_in_s)
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+        for ends in ((reader, inner_writer), (inner_reader, writer)):
+            tasks.add(asyncio.create_task(carry(*ends)))
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+        await asyncio.gather(*tasks)
+
+
+async def test_a_model_at_the_end_of_a_line_that_opens_slowly_is_connected(tmp_path: Path) -> None:
+    model = ModelServer("far")
+    await model.start()
+    async with slow_to_open(model.port, 2.0) as port, staged(tmp_path, PATIENT) as stage:
+        stage.models.append(model)
+        await stage.orchestrator.say([{**model.entry(), "port": port}])
+        await only(stage, "far")
+        assert model.setups == 1
 
 
 MONTH = PATIENT.replace('assets = ["BTC", "ETH"]', 'assets = ["BTC", "ETH", "SOL", "XAU"]').replace(

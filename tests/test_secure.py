@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cache
+from functools import cache, partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import base58
 import grpc
@@ -44,7 +45,7 @@ from condor_lite.models.runner import Connection
 from tests import fleet
 from tests.fleet import ModelServer
 from tests.fleet.model import Abort, Wire
-from tests.stage import CONFIG, START_S, Stage, load, staged, until
+from tests.stage import CONFIG, START_S, Stage, load, staged, until, within
 
 pytestmark = pytest.mark.anyio
 
@@ -215,8 +216,25 @@ async def announce(stage: Stage, *models: ModelServer) -> None:
     await stage.orchestrator.announce(*models)
 
 
-async def impatient(channel: grpc.aio.Channel) -> None:
-    """`channel_ready` for a test: what the library gives up after 10 s ends at the first failure."""
+def impatient_with(model: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library gives up after 10 s, a connection to `model`, ends at the first failure."""
+    made_of = grpc.aio._channel.Channel
+    make, ready = made_of.__init__, made_of.channel_ready
+    theirs: WeakSet[grpc.aio.Channel] = WeakSet()
+
+    def noting(self: grpc.aio.Channel, target: str, *rest: Any) -> None:
+        make(self, target, *rest)
+        if target == f"127.0.0.1:{model.port}":
+            theirs.add(self)
+
+    async def impatient(self: grpc.aio.Channel) -> None:
+        await (_first_try(self) if self in theirs else ready(self))
+
+    monkeypatch.setattr(made_of, "__init__", noting)
+    monkeypatch.setattr(made_of, "channel_ready", impatient)
+
+
+async def _first_try(channel: grpc.aio.Channel) -> None:
     state = channel.get_state(try_to_connect=True)
     while state is not grpc.ChannelConnectivity.READY:
         if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
@@ -330,7 +348,7 @@ async def test_metadata_is_checked_on_every_call(tmp_path: Path) -> None:
 async def test_a_late_or_lost_answer_is_not_taken_for_a_forged_one(tmp_path: Path) -> None:
     write_credentials(tmp_path)
     slow, lost = secure_model("slow"), secure_model("lost")
-    async with staged(tmp_path, SECURE.replace('timeout = "2s"', 'timeout = "1s"')) as stage:
+    async with staged(tmp_path, within("1s", SECURE)) as stage:
         await stage.join(slow, lost, *(secure_model(f"good{number}") for number in range(2)))
         await stage.play(12)
         slow.behaviour, slow.metadata = fleet.hangs, ()
@@ -364,9 +382,10 @@ async def test_a_server_that_refuses_our_call_is_named_as_such(tmp_path: Path) -
 async def test_a_tls_server_without_credentials_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grpc.aio._channel.Channel.channel_ready", impatient)
+    secure = secure_model("a")
+    impatient_with(secure, monkeypatch)
     async with staged(tmp_path) as stage:
-        await announce(stage, secure_model("a"))
+        await announce(stage, secure)
         await stage.join(ModelServer("b"))
         await until(lambda: stage.orchestrator.reports)
         report = stage.orchestrator.reports[0]
@@ -448,12 +467,13 @@ async def test_a_gateway_takes_our_token_and_must_be_trusted(
     (tmp_path / "gateway.key").write_bytes(pem(rsa_key("gateway")))
     real = grpc.ssl_channel_credentials
     monkeypatch.setattr(grpc, "ssl_channel_credentials", lambda: real(AUTHORITY.certificate))
-    monkeypatch.setattr("grpc.aio._channel.Channel.channel_ready", impatient)
-    monkeypatch.setattr("condor_lite.models.runner._CONNECT_ATTEMPTS", 1)
-    registered_elsewhere = behind_gateway("elsewhere")
+    at_once = partial(Connection, retry_backoff_factor=0)  # three attempts, without their pauses
+    monkeypatch.setattr("condor_lite.models.fleet.Connection", at_once)
+    stranger, registered_elsewhere = behind_gateway("stranger", STRANGER), behind_gateway("elsewhere")
+    impatient_with(stranger, monkeypatch)
     registered_elsewhere.known = rsa_key("host")
     async with staged(tmp_path, GATEWAY) as stage:
-        await announce(stage, behind_gateway("stranger", STRANGER), registered_elsewhere)
+        await announce(stage, stranger, registered_elsewhere)
         await stage.join(behind_gateway("a"), behind_gateway("b"))
         await until(lambda: len(stage.orchestrator.reports) == 2)
         await stage.play(30)

@@ -40,6 +40,7 @@ log = structlog.get_logger()
 _SERVICE = DESCRIPTOR.services_by_name["DynamicSubclassService"].full_name
 _SETUP_TIMEOUT_S = 60.0
 _CONNECT_ATTEMPTS = 3
+_OPENING_S = 5.0  # of a line, at most: in the library's 0.1 to 1 s a far or busy one never opens
 _REPLY_OVERHEAD_BYTES = 64 * 1024  # the channel's limit counts the framing too
 _AHEAD_BYTES = 256 * 1024  # of a reply, sent before this side has asked for more: most replies are shorter
 _NETWORK_PATIENCE_MS = 20_000  # gRPC's own
@@ -174,6 +175,8 @@ class Connection(DynamicSubclassModelRunner):
             # No ping with each reply to learn how fast the line is: with the server's own, a third of a call.
             "grpc.http2.bdp_probe": 0,
             "grpc.http2.lookahead_bytes": _AHEAD_BYTES,
+            # How long an attempt to connect may take; the pauses between them are the library's.
+            "grpc.min_reconnect_backoff_ms": int(_OPENING_S * 1000),
             # TCP's patience, too: after the library's 0.5 s without a network every answer would be lost.
             "grpc.keepalive_timeout_ms": _NETWORK_PATIENCE_MS,
         }
