@@ -40,13 +40,18 @@ tick = "5s"
 history = "1h"
 
 [predict]
-timeout = "2s"
+timeout = "5s"
 max_consecutive_failures = 3
 max_consecutive_timeouts = 3
 
 [orchestrator]
 mode = "remote"
 """
+
+
+def within(limit: str, text: str = CONFIG) -> str:
+    """The config with another `predict.timeout`: a short one where somebody is to be late."""
+    return text.replace('timeout = "5s"', f'timeout = "{limit}"')
 
 
 def load(folder: Path, text: str = CONFIG, **environ: str) -> Config:

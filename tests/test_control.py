@@ -29,7 +29,7 @@ from condor_lite.storage.lock import GameLock
 from condor_lite.storage.roster import recent, tally
 from tests import fleet
 from tests.fleet import ModelServer
-from tests.stage import CONFIG, START_S, Stage, staged, until
+from tests.stage import START_S, Stage, staged, until, within
 from tests.test_orchestrator import RUNNING, add_model, all_in, coordinating, orchestrating
 from tests.test_orchestrator import until as in_state
 
@@ -238,7 +238,7 @@ async def test_the_table_counts_what_each_model_did(tmp_path: Path) -> None:
         await stage.play(26)
         await stage.orchestrator.announce(gone, state="STOPPED")
         await until(lambda: not stage.ready("gone"))
-        await stage.play(17)
+        await stage.play(20)
         found = await lines(stage)
         held = len([None for closed in stage.closed if closed.status == "closed"])
         assert held == 5
@@ -301,7 +301,7 @@ async def test_a_pause_takes_effect_in_mid_round(tmp_path: Path) -> None:
         return await fleet.answers_well(model, request)
 
     model = ModelServer("a", waits_in_its_tick)
-    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "9s"')) as stage, steered(stage):
+    async with staged(tmp_path, within("9s")) as stage, steered(stage):
         await stage.join(model, ModelServer("b"))
         playing = asyncio.create_task(stage.play(60))
         await ticking.wait()

@@ -15,7 +15,7 @@ from tests import fleet
 from tests.fleet import ModelServer
 from tests.fleet.model import Wire
 from tests.fleet.process import FleetProcess
-from tests.stage import CONFIG, START_S, staged, until
+from tests.stage import CONFIG, START_S, staged, until, within
 
 pytestmark = pytest.mark.anyio
 
@@ -56,7 +56,7 @@ async def test_a_tick_brings_all_points_up_to_the_round_and_none_later(tmp_path:
 
 async def test_a_model_that_gets_ready_while_a_round_is_open_is_asked_in_it(tmp_path: Path) -> None:
     late = ModelServer("late")
-    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "9s"')) as stage:
+    async with staged(tmp_path, within("9s")) as stage:
         await stage.join(ModelServer("a"))
         await stage.play(21)  # BTC's round of :20 is open, and asked
         await stage.join(late)
@@ -68,9 +68,9 @@ async def test_a_model_that_gets_ready_while_a_round_is_open_is_asked_in_it(tmp_
 async def test_a_hanging_model_times_out_and_delays_no_other(tmp_path: Path) -> None:
     hanging = ModelServer("hanging", fleet.hangs)
     good = [ModelServer(f"good{number}") for number in range(3)]
-    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "1s"')) as stage:
+    async with staged(tmp_path, within("4s"), START_S + 15) as stage:
         await stage.join(hanging, *good)
-        await stage.play(30)
+        await stage.play(10)
         answers = await stage.answers()
         assert answers["hanging", START_S + 20][0] == "TIMEOUT"
         assert all(answers[model.model_id, START_S + 20][0] == "SUCCESS" for model in good)
@@ -134,7 +134,7 @@ async def test_a_round_without_models_is_void(tmp_path: Path) -> None:
 async def test_when_most_models_time_out_together_the_round_is_void_and_no_counter_moves(
     tmp_path: Path,
 ) -> None:
-    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "1s"')) as stage:
+    async with staged(tmp_path, within("1s")) as stage:
         await stage.join(*(ModelServer(f"m{number}", fleet.hangs) for number in range(3)))
         await stage.play(25)
         void = [closed for closed in stage.closed if closed.status is RoundStatus.VOID]
@@ -144,7 +144,7 @@ async def test_when_most_models_time_out_together_the_round_is_void_and_no_count
 
 
 async def test_models_that_stay_silent_together_are_given_up_and_void_no_more_rounds(tmp_path: Path) -> None:
-    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "1s"')) as stage:
+    async with staged(tmp_path, within("2s")) as stage:
         good = ModelServer("good")
         await stage.join(good, ModelServer("h1", fleet.hangs), ModelServer("h2", fleet.hangs))
         await stage.play(100)
@@ -158,7 +158,7 @@ async def test_models_that_stay_silent_together_are_given_up_and_void_no_more_ro
 
 async def test_a_model_that_is_stuck_on_one_call_is_given_up(tmp_path: Path) -> None:
     stuck = ModelServer("stuck", fleet.BEHAVIOURS["deaf"])
-    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "1s"')) as stage:
+    async with staged(tmp_path, within("3s")) as stage:
         await stage.join(stuck, ModelServer("good"))
         await stage.play(60)
         await until(lambda: stage.orchestrator.reports)
