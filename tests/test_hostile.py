@@ -31,7 +31,7 @@ ROUNDS = 100
 FULL = bool(os.environ.get("CONDOR_LITE_HOSTILE"))  # minutes: who was given up is back at once
 LOUD_EVERY, SILENT_EVERY = (4, 4) if FULL else (10, 50)  # rounds
 INTERVAL_S = 10
-TIMEOUT_S = 2.0
+TIMEOUT_S = 5.0
 MOST_FAILURES, MOST_TIMEOUTS = 4, 2
 CONFIG = f"""
 [[game.settings]]
@@ -64,6 +64,7 @@ NAMES: list[dict[str, Any]] = [
 ]
 
 SILENCE = r"TIMEOUT (no answer within \d\.\d s|no time was left to ask before the deadline)"
+STOOD_STILL = re.compile(r"\d+ of \d+ models timed out together: the host was at fault")
 BUSY = r"TIMEOUT busy with an earlier call"
 FAILURES = {
     # how a model behaves -> what its participant is told
@@ -223,7 +224,7 @@ async def coming_and_going(stage: Stage, restless: int, twins: tuple[int, int]) 
         await stage.orchestrator.say([entry("twin", port, turn + at) for at, port in enumerate(twins)])
 
 
-@pytest.mark.timeout(1800 if FULL else 300)
+@pytest.mark.timeout(3600 if FULL else 900)
 async def test_no_model_loses_an_answer_to_what_others_do(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,11 +267,14 @@ async def test_no_model_loses_an_answer_to_what_others_do(
         await stage.play(INTERVAL_S)
         await ScoreLoop(stage.config, stage.clock, stage.db, lambda leaderboard: None).finish()
 
-        # Every round was held, in its time.
+        # Every round was held, in its time; a machine that stands still for so long is not the models' fault.
         ended = [closed for closed in stage.closed if closed.scheduled_at_s > begun_s]
         assert [closed.scheduled_at_s for closed in ended[:ROUNDS]] == [
             begun_s + INTERVAL_S * number for number in range(1, ROUNDS + 1)
         ]
+        stood_still = [closed for closed in ended if STOOD_STILL.fullmatch(closed.reason or "")]
+        assert len(stood_still) < len(ended) / 10
+        ended = [closed for closed in ended if closed not in stood_still]
         assert not [(closed.round_id, closed.reason) for closed in ended if closed.reason]
         assert {closed.status for closed in ended} == {RoundStatus.CLOSED}
 
@@ -292,20 +296,24 @@ async def test_no_model_loses_an_answer_to_what_others_do(
                 told[model_id][f"{status} {detail}"] += 1
         wrong = {name: reasons for name, reasons in told.items() if not _rightly(FAILURES[name], reasons)}
         assert not wrong, wrong
-        reports = Counter(report["model_id"] for report in stage.orchestrator.reports)
         found_out_later = {name for name, reason in FAILURES.items() if reason.startswith("FAILED invalid")}
-        forgiven = {"forgets_setup", "breaks_off", "exits"}
-        assert not [name for name in FAILURES.keys() - found_out_later - forgiven if not reports[name]]
-        assert all(reports[name] for name in SETUPS if name != "hangs-in-setup")
-        assert not set(healthy) & reports.keys()
+        forgiven = {"forgets_setup", "breaks_off", "exits", "hangs-in-setup"}
+        due = {*FAILURES, *SETUPS} - found_out_later - forgiven
+        await until(lambda: due <= reported(stage), lambda: due - reported(stage))
+        assert not set(healthy) & reported(stage)
 
         # No alarm, no traceback, and the good ones play on.
         assert not logs.alarming()
         assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
         await stage.orchestrator.say([{**known, "state": "STOPPED"} for known in _rest(stage, healthy)])
+        await until(lambda: stage.predict.fleet.running.keys() == set(healthy))
         await stage.play(3 * INTERVAL_S)
         last = stage.closed[-1]
         assert last.answered == len(healthy)
+
+
+def reported(stage: Stage) -> set[str]:
+    return {report["model_id"] for report in stage.orchestrator.reports}
 
 
 def _rightly(expected: str, reasons: Counter[str]) -> bool:

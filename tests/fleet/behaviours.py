@@ -84,7 +84,7 @@ async def deaf(model: ModelServer, request: CallRequest) -> Wire:
 async def late(model: ModelServer, request: CallRequest) -> Wire:
     """Answers, but after any deadline of a test."""
     if request.methodName == "predict":
-        await asyncio.sleep(5)
+        await asyncio.sleep(30)
     return await answers_well(model, request)
 
 
