@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import hypothesis
 import pytest
 import structlog
 from hypothesis import HealthCheck, settings
@@ -10,11 +9,6 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("same", settings.get_profile("any"), derandomize=True)
 settings.load_profile("same")  # everywhere the same examples; `--hypothesis-profile any` looks for others
-
-hypothesis.settings.register_profile(  # how fast the machine is decides nothing
-    "unhurried", hypothesis.settings(), deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
