@@ -30,7 +30,7 @@ from condor_lite.game.scoring import Rules, score
 from condor_lite.storage.compression import compress
 from condor_lite.worker import ScoringItem
 from tests.fleet import ModelServer, answers_well
-from tests.stage import START_S, staged, until
+from tests.stage import START_S, staged, until, within
 
 LIMITS = Limits(max_components=16, max_segment_bytes=2048)
 ONE = Setting("BTC", 300, 300)
@@ -234,8 +234,8 @@ def test_an_answer_that_scores_slowly_costs_its_time_limit_and_no_one_else(
 ) -> None:
     monkeypatch.setattr(worker, "score", _stands_still_on_gamma)
     slow = payload({"type": "builtin", "name": "gamma", "params": {"a": 2}})
-    found, sums, reasons = in_worker([payload(norm()), slow, payload(norm())], ONE, outcome(1e-3), 0.05)
-    assert reasons == {1: "takes longer than 0.05 s to score"}
+    found, sums, reasons = in_worker([payload(norm()), slow, payload(norm())], ONE, outcome(1e-3), 0.5)
+    assert reasons == {1: "takes longer than 0.5 s to score"}
     assert np.isfinite(found[[0, 2]]).all()
     assert sums[:, SEGMENTS].tolist() == [1, 0, 1]
 
@@ -292,9 +292,9 @@ async def test_an_answer_that_comes_late_is_none_whatever_it_says(tmp_path: Path
         return await answers_well(model, request)
 
     late, good = ModelServer("late", waits), ModelServer("good")
-    async with staged(tmp_path) as stage:
+    async with staged(tmp_path, within("4s"), START_S + 5) as stage:
         await stage.join(late, good)
-        await stage.play(20)  # the round's time, its deadline, and more
+        await stage.play(10)  # the round's time, its deadline, and more
         told.set()
         await until(lambda: stage.ready("late"))
         await stage.play(5)

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import websockets
 
 from condor_lite.models.runner import Connection, Reply
 from tests import fleet
@@ -130,8 +129,7 @@ async def test_a_large_message_is_read_and_one_that_is_too_large_has_the_list_to
         await started(stage, comes)
         stage.orchestrator.entries["comes"] = comes.entry()
         update = {"event": "update", "data": [comes.entry()], "padding": "x" * size}
-        with contextlib.suppress(websockets.ConnectionClosed):
-            await stage.orchestrator.send(json.dumps(update))
+        await stage.orchestrator.send(json.dumps(update))
         await only(stage, "stays", "comes")
         assert stage.orchestrator.connections == (1 if size < 32 * MIB else 2)
         before_s = stage.clock.now()
@@ -172,7 +170,10 @@ async def test_who_hangs_at_the_start_delays_nobody(tmp_path: Path) -> None:
             before_s = stage.clock.now()
             await stage.play(40)
             await answered_all(stage, model, since_s=before_s)
-            assert len(stage.predict.fleet.connecting) == 10, "all the others are still at it"
+            others = {*stage.predict.fleet.connecting, *stage.predict.fleet.refused}
+            assert len(others) == 10, (
+                "all the others are still at it, or have used up the time that they have"
+            )
 
 
 @contextlib.asynccontextmanager
@@ -188,9 +189,10 @@ async def slow_to_open(port: int, opens_in_s: float) -> AsyncIterator[int]:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(opens_in_s)
-        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
-        for ends in ((reader, inner_writer), (inner_reader, writer)):
-            tasks.add(asyncio.create_task(carry(*ends)))
+        with contextlib.suppress(OSError):
+            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+            for ends in ((reader, inner_writer), (inner_reader, writer)):
+                tasks.add(asyncio.create_task(carry(*ends)))
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         yield server.sockets[0].getsockname()[1]
@@ -244,8 +246,10 @@ async def test_twenty_newcomers_share_one_encoded_month_and_cost_nobody_a_tick_o
             await stage.play(40)
             await answered_all(stage, *newcomers, since_s=joined_s)
             assert all(len(requests) == 1 for requests in sent.values())
-            encoded = {id(requests[0]) for requests in sent.values()}
-            assert len(encoded) <= 3, "one encoding for each newest price that they were given"
+            given = [requests[0] for requests in sent.values()]
+            assert len({id(request) for request in given}) == len(set(given)) < 10, (
+                "one for each newest price"
+            )
         await answered_all(stage, *veterans, since_s=begun_s)
         for model in veterans:
             for asset in ("BTC", "ETH", "SOL", "XAU"):

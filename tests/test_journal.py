@@ -25,7 +25,7 @@ pytestmark = pytest.mark.anyio
 @contextmanager
 def locked(stage: Stage) -> Iterator[None]:
     """Another program holds the database, as a backup or a forgotten shell may."""
-    other = sqlite3.connect(stage.db.path, isolation_level=None)
+    other = sqlite3.connect(stage.db.path, timeout=60, isolation_level=None)
     try:
         other.execute("BEGIN IMMEDIATE")
         yield

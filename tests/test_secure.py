@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
@@ -47,7 +48,18 @@ from tests.fleet import ModelServer
 from tests.fleet.model import Abort, Wire
 from tests.stage import CONFIG, START_S, Stage, load, staged, until, within
 
-pytestmark = pytest.mark.anyio
+pytestmark = [
+    pytest.mark.anyio,
+    # The client library's probe leaves a connection that ended, or took too long, to the garbage collector.
+    pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_nothing_to_later_tests() -> Iterator[None]:
+    yield
+    gc.collect()
+
 
 SECURE = f'{CONFIG}credentials = "credentials"\n'
 GATEWAY = f'{CONFIG}gateway_key = "gateway.key"\n'
@@ -282,8 +294,6 @@ def refused_models() -> dict[str, tuple[ModelServer, str]]:
     return {model.model_id: (model, reason) for model, reason in cases}
 
 
-# The client library's probe leaves a connection that the server ended to the garbage collector.
-@pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning")
 async def test_who_proves_too_little_is_reported_and_hurts_no_other(tmp_path: Path) -> None:
     write_credentials(tmp_path)
     refused = refused_models()

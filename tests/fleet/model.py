@@ -22,7 +22,7 @@ from model_runner_client.grpc.generated.dynamic_subclass_pb2 import (
 )
 
 SERVICE = "dynamic_subclass.DynamicSubclassService"
-_PORT_LIMIT_S = 60.0
+PORT_LIMIT_S = 60.0
 
 Wire = CallResponse | bytes
 """What a call is answered with: a message, or the bytes that stand in for one."""
@@ -165,7 +165,7 @@ class ModelServer:
     async def restart(self) -> None:
         """End the process, as it were, and start another one on the same port: its instance is gone."""
         await self.stop()
-        async with asyncio.timeout(_PORT_LIMIT_S):
+        async with asyncio.timeout(PORT_LIMIT_S):
             while True:
                 try:
                     return await self.start()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from typing import Any
 
 import websockets
 
-from tests.fleet.model import ModelServer
+from tests.fleet.model import PORT_LIMIT_S, ModelServer
 
 
 class Orchestrator:
@@ -28,7 +29,12 @@ class Orchestrator:
         self._server: websockets.Server | None = None
 
     async def start(self) -> None:
-        self._server = await websockets.serve(self._serve, "127.0.0.1", self.port)
+        async with asyncio.timeout(PORT_LIMIT_S):
+            while self._server is None:
+                try:
+                    self._server = await websockets.serve(self._serve, "127.0.0.1", self.port)
+                except OSError:  # somebody's own end of a connection was given the port meanwhile
+                    await asyncio.sleep(0.1)
         self.port = next(iter(self._server.sockets)).getsockname()[1]
 
     async def stop(self) -> None:
@@ -55,7 +61,8 @@ class Orchestrator:
 
     async def send(self, message: str | bytes) -> None:
         for client in list(self._clients):
-            await client.send(message)
+            with suppress(websockets.ConnectionClosed):  # who comes back is told in `init`
+                await client.send(message)
 
     async def announce(self, *models: ModelServer, state: str = "RUNNING") -> None:
         """Tell everybody connected, and whoever connects later, that these models are in `state`."""
