@@ -30,7 +30,7 @@ BASE = "condor_lite.tracker.TrackerBase"
 
 
 @asynccontextmanager
-async def settings_in(path, setup_timeout_s=20.0):
+async def settings_in(path, setup_timeout_s=100.0):
     async with Guard() as guard:
         yield LaunchSettings(BASE, path / "models-log", guard, anyio.Semaphore(8), setup_timeout_s, 0.5)
 
@@ -38,7 +38,7 @@ async def settings_in(path, setup_timeout_s=20.0):
 class Host:
     """A launched model and a stub to call it with."""
 
-    timeout_s = 60
+    timeout_s = 100
 
     def __init__(self, process, stub, log):
         self.process, self.stub, self.log = process, stub, log
@@ -265,7 +265,7 @@ async def test_a_stopped_process_and_its_children_end(tmp_path):
         child = psutil.Process(int.from_bytes(child.value, "little"))
         os.kill(host.process.pid, signal.SIGSTOP)  # it can't react to SIGTERM
         await host.process.stop()
-        await anyio.to_thread.run_sync(child.wait, 10)
+        await anyio.to_thread.run_sync(child.wait, 60)
 
 
 PARENT = """
@@ -293,7 +293,7 @@ async def test_nothing_outlives_a_killed_parent(tmp_path):
         assert len(family) >= 3
         parent.kill()
     for process in family:
-        await anyio.to_thread.run_sync(process.wait, 10)
+        await anyio.to_thread.run_sync(process.wait, 60)
 
 
 async def test_the_folder_may_be_anywhere_and_hold_a_module_named_like_a_packages(tmp_path):

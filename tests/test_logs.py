@@ -38,7 +38,7 @@ def test_a_line_that_cannot_be_rendered_fails_nobody(style: str) -> None:
         log.exception("service_failed", service="score")
         log.exception("service_failed", service=Unshowable())
     log.info("and_on")
-    writer.close(5)
+    writer.close(60)
     said = stream.getvalue()
     assert "RuntimeError: what happened" in said
     assert "service_failed (the rest can't be shown: " in said
@@ -63,7 +63,7 @@ def test_a_name_that_the_console_cannot_show_on_a_full_disk_does_not_end_the_log
     log = structlog.get_logger()
     log.info("lost", model="Modèle 1")
     log.info("shown", model="Modèle 2")
-    writer.close(5)
+    writer.close(60)
     assert not disk.full
     assert b"Mod\\xe8le 2" in disk.getvalue()
     assert b"lost" not in disk.getvalue()
@@ -82,7 +82,7 @@ def test_what_libraries_complain_of_is_in_the_log_and_nowhere_else(
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("this is old", stacklevel=1)
-    writer.close(5)
+    writer.close(60)
     logging.getLogger("asyncio").error("too late")
     said = stream.getvalue()
     assert said.count("library_complains") == 3

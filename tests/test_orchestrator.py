@@ -41,7 +41,7 @@ from condor_lite.models.orchestrator import LocalState, Orchestrator, Patience, 
 pytestmark = pytest.mark.anyio
 
 MODELS = Path(__file__).parent / "models"
-LIMIT_S = 60
+LIMIT_S = 120
 QUICK = Patience(scan_s=0.05, backoff_s=0.05, max_backoff_s=0.2, failures=3, stop_grace_s=1.0)
 
 
@@ -200,7 +200,7 @@ async def test_the_client_library_finds_the_models_and_calls_them(tmp_path):
 
 
 async def test_broken_models_say_why_and_hurt_nobody(tmp_path):
-    for source in ("good", "import_error", "exits_at_import", "endless_import", "dies_in_setup", "no_class"):
+    for source in ("good", "import_error", "exits_at_import", "dies_in_setup", "no_class"):
         add_model(tmp_path, source)
     add_model(tmp_path, "good", "a,b")
     (add_model(tmp_path, "good", "bad_toml") / "model.toml").write_text('benchmark = "yes"\n')
@@ -208,7 +208,7 @@ async def test_broken_models_say_why_and_hurt_nobody(tmp_path):
     (add_model(tmp_path, "good", "syntax") / "main.py").write_text("def f(:\n")
     (tmp_path / "models" / "notes").mkdir()
     (tmp_path / "models" / "README.md").touch()
-    patience = Patience(scan_s=0.05, setup_timeout_s=1.5, backoff_s=0.05, failures=2)
+    patience = Patience(scan_s=0.05, backoff_s=0.05, failures=2)
     async with orchestrating(tmp_path, patience) as orch:
         settled = (LocalState.RUNNING, LocalState.GIVEN_UP, LocalState.REJECTED)
         states = await until(orch, all_in(*settled))
@@ -229,10 +229,6 @@ async def test_broken_models_say_why_and_hurt_nobody(tmp_path):
                 "main.py line 1: ModuleNotFoundError: No module named 'a_module_that_is_not_there'",
             ),
             "exits_at_import": (LocalState.GIVEN_UP, "main.py line 3: it called sys.exit(3)"),
-            "endless_import": (
-                LocalState.GIVEN_UP,
-                "importing and creating the model took longer than 1.5 s",
-            ),
             "dies_in_setup": (
                 LocalState.GIVEN_UP,
                 "its process ended in Setup: ended with exit code 7 (about to fall over)",
@@ -246,6 +242,14 @@ async def test_broken_models_say_why_and_hurt_nobody(tmp_path):
         async with coordinating(orch) as coordinator:
             event, data = await coordinator.next()
             assert (event, [entry["model_id"] for entry in data]) == ("init", ["good"])
+
+
+async def test_a_model_that_takes_too_long_to_create_says_so(tmp_path):
+    add_model(tmp_path, "endless_import")
+    patience = Patience(scan_s=0.05, setup_timeout_s=1.5, backoff_s=0.05, failures=2)
+    async with orchestrating(tmp_path, patience) as orch:
+        states = await until(orch, all_in(LocalState.GIVEN_UP))
+    assert states["endless_import"].reason == "importing and creating the model took longer than 1.5 s"
 
 
 async def test_a_killed_model_is_announced_and_comes_back(tmp_path):
@@ -264,7 +268,7 @@ async def test_a_killed_model_is_announced_and_comes_back(tmp_path):
 
 async def test_a_model_that_keeps_dying_is_given_up_and_tried_again_later(tmp_path):
     add_model(tmp_path, "good")
-    patience = Patience(scan_s=0.05, backoff_s=0.01, failures=2, quarantine_s=0.5)
+    patience = Patience(scan_s=0.05, backoff_s=0.01, failures=2, quarantine_s=3.0)
     async with orchestrating(tmp_path, patience) as orch, coordinating(orch) as coordinator:
         await coordinator.next()
         for _ in range(2):
@@ -471,12 +475,11 @@ async def test_the_logs_of_removed_models_go_in_time(tmp_path):
         (logs / name).write_text("said")
         os.utime(logs / name, (time.time() - days * 86400,) * 2)
     async with orchestrating(tmp_path, replace(QUICK, forget_s=0.1)) as orch:
-        await until(orch, lambda states: "good" in states and states["good"].state is LocalState.RUNNING)
-        assert {path.name for path in logs.iterdir()} == {"good.log", "good.log.1", "left.log", "notes.txt"}
+        await until(orch, RUNNING)
+        kept = {"good.log", "good.log.1", "left.log", "notes.txt"}
+        await eventually(lambda: {path.name for path in logs.iterdir()} == kept)
         os.utime(logs / "left.log", (time.time() - 31 * 86400,) * 2)
-        with anyio.fail_after(20):
-            while (logs / "left.log").exists():  # noqa: ASYNC110
-                await anyio.sleep(0.02)
+        await eventually(lambda: not (logs / "left.log").exists())
 
 
 async def test_a_clock_that_is_not_believed_forgets_no_log(tmp_path):
@@ -486,7 +489,5 @@ async def test_a_clock_that_is_not_believed_forgets_no_log(tmp_path):
         (logs / f"{name}.log").write_text("said")
         os.utime(logs / f"{name}.log", (time.time() - days * 86400,) * 2)
     async with orchestrating(tmp_path, replace(QUICK, forget_s=0.1), lambda: time.time() - 365 * 86400):
-        with anyio.fail_after(LIMIT_S):
-            while (logs / "old.log").exists():  # noqa: ASYNC110
-                await anyio.sleep(0.02)
+        await eventually(lambda: not (logs / "old.log").exists())
     assert (logs / "new.log").exists()

@@ -80,7 +80,7 @@ async def test_a_model_that_is_withdrawn_in_the_middle_of_a_call_takes_no_other_
     tmp_path: Path,
 ) -> None:
     hanging, good = ModelServer("hanging", fleet.hangs), ModelServer("good")
-    async with staged(tmp_path) as stage:
+    async with staged(tmp_path, within("10s")) as stage:
         await stage.join(hanging, good)
         playing = asyncio.create_task(stage.play(20))
         await until(lambda: hanging.predicts)

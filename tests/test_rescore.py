@@ -509,10 +509,23 @@ def test_progress_names_share_rate_and_time_left() -> None:
     assert progress.line(now) == "25.0%  50 of 200 rounds  1234 answers/s  1 min 15 s left"
 
 
+FOR_EVER = """
+CREATE VIEW for_ever AS
+WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT 1 FROM n) SELECT count(*) AS c FROM n
+"""
+STUCK_HALFWAY = """
+CREATE TRIGGER stuck BEFORE INSERT ON round_score
+WHEN new.scorer_version = 2 AND (SELECT count(*) FROM round_score WHERE scorer_version = 2) >= 200
+BEGIN SELECT c FROM for_ever; END
+"""
+
+
 async def test_killed_it_leaves_whole_rounds_and_is_resumed(tmp_path: Path) -> None:
     async with scored(tmp_path, rounds=400) as game:
         path = game.config.storage.path
         expected = await game.rows(EVERYTHING, 1)
+        for statement in (FOR_EVER, STUCK_HALFWAY):
+            await game.db.write(lambda conn, sql: conn.execute(sql).rowcount, statement)
     command = [sys.executable, "-m", "condor_lite", "rescore"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as run:  # noqa: ASYNC220
         with closing(sqlite3.connect(path)) as db:
@@ -522,6 +535,7 @@ async def test_killed_it_leaves_whole_rounds_and_is_resumed(tmp_path: Path) -> N
                 (part,) = db.execute("SELECT count(*) FROM round_score WHERE scorer_version = 2").fetchone()
         run.kill()
     with closing(sqlite3.connect(path)) as db:
+        db.executescript("DROP TRIGGER stuck; DROP VIEW for_ever")
         assert db.execute("SELECT published FROM scorer ORDER BY 1").fetchall() == [(0,), (1,)]
         ragged = (
             "SELECT 1 FROM round_score LEFT JOIN score USING (round_no, scorer_version) "
@@ -545,7 +559,12 @@ def test_the_program_rescores_while_it_runs_and_without_a_game(tmp_path: Path) -
     assert code == 2
     assert "there is no database at" in said
     with program(tmp_path) as run:
-        run.until(lambda: len(run.get("/rounds?status=scored")) >= 2)
+
+        def whole() -> list[dict[str, Any]]:
+            """Scored rounds that both models have answered, newest first."""
+            return [row for row in run.get("/rounds?status=scored") if row["answered"] == 2]
+
+        run.until(lambda: len(whole()) >= 2)
         code, said = verb(tmp_path, "rescore", "--rule", "log")
         assert code == 0, said
         assert "done: scorer version 2 (log) counts from now on" in said
@@ -560,7 +579,7 @@ def test_the_program_rescores_while_it_runs_and_without_a_game(tmp_path: Path) -
         count = len(run.get("/rounds?status=scored"))
         run.until(lambda: len(run.get("/rounds?status=scored")) > count)
         assert {row["scorer_version"] for row in run.get("/reports/predictions") if row["scored_at"]} == {2}
-        first = run.get("/rounds?status=scored")[-1]["round_id"]
+        first = whole()[-1]["round_id"]
         old = run.get(f"/rounds/{first}/predictions/calm?scorer_version=1")
         new = run.get(f"/rounds/{first}/predictions/calm")
         assert (old["scorer_version"], old["rule"]) == (1, "crps")

@@ -40,7 +40,7 @@ from tests.test_orchestrator import (
 pytestmark = pytest.mark.anyio
 
 TIGHT = OrchestratorConfig(
-    model_memory_bytes=1 << 29, model_processes=40, model_cpu_s=1, model_disk_bytes=20 << 20
+    model_memory_bytes=1 << 29, model_processes=40, model_cpu_s=60, model_disk_bytes=20 << 20
 )
 
 _problem = sandbox.problem(TIGHT.model_disk_bytes)
@@ -69,7 +69,7 @@ async def hosting(tmp_path, boxed, **rules):
     data = tmp_path / "data"
     async with Guard() as watching:
         settings = LaunchSettings(
-            *(BASE, data / "models-log", watching, anyio.Semaphore(8), 20.0, 0.5),
+            *(BASE, data / "models-log", watching, anyio.Semaphore(8), 100.0, 0.5),
             rules=rules,
             hidden=(data, folder.parent),
         )
@@ -135,9 +135,9 @@ async def test_what_left_the_process_group_and_ignores_sigterm_ends_with_the_mod
 
 @either_way
 async def test_processor_time_is_limited_from_call_to_call(tmp_path, boxed):
-    async with hosting(tmp_path, boxed) as host:
-        for _ in range(2):
-            assert await host.value("burn", 0.9) == "burnt"
+    async with hosting(tmp_path, boxed, model_cpu_s=1) as host:
+        for _ in range(3):
+            assert await host.value("burn", 0.7) == "burnt"
         with pytest.raises(grpc.aio.AioRpcError):
             await host.value("burn", 600)
         with anyio.fail_after(60):

@@ -16,8 +16,10 @@ from tests.stage import until
 pytestmark = pytest.mark.anyio
 
 
-def told(logs: Sequence[EventDict]) -> list[str]:
-    return [line["doing"] for line in logs if line["event"] == "event_loop_held"]
+def held(logs: Sequence[EventDict]) -> list[str]:
+    """What is told of the test's own hold; a busy machine may hold the loop as well, elsewhere."""
+    told = [line["doing"] for line in logs if line["event"] == "event_loop_held"]
+    return [doing for doing in told if "hold_the_loop" in doing]
 
 
 async def test_it_says_what_held_the_loop() -> None:
@@ -28,15 +30,14 @@ async def test_it_says_what_held_the_loop() -> None:
 
         def hold_the_loop() -> None:
             until_s = time.monotonic() + 60
-            while not told(logs) and time.monotonic() < until_s:
+            while not held(logs) and time.monotonic() < until_s:
                 time.sleep(0.05)
             time.sleep(1.0)  # it is told once, however long it lasts
 
         hold_the_loop()
         await until(lambda: watchdog.delay_s(1.0) > 1.0)
         beating.cancel()
-    (doing,) = told(logs)
-    assert "hold_the_loop" in doing
+    assert len(held(logs)) == 1
 
 
 async def test_a_quiet_loop_is_not_late() -> None:
