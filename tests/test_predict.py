@@ -157,7 +157,7 @@ async def test_models_that_stay_silent_together_are_given_up_and_void_no_more_ro
 
 async def test_a_model_that_is_stuck_on_one_call_is_given_up(tmp_path: Path) -> None:
     stuck = ModelServer("stuck", fleet.BEHAVIOURS["deaf"])
-    async with staged(tmp_path, within("3s")) as stage:
+    async with staged(tmp_path, within("2s")) as stage:
         await stage.join(stuck, ModelServer("good"))
         await stage.play(60)
         await until(lambda: stage.orchestrator.reports)
