@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -89,7 +90,7 @@ def replaying(folder: Path) -> None:
 
 
 _PORTS = 2_000  # of each process that runs tests
-_given: set[int] = set()
+_given = deque[int](maxlen=100)
 
 
 def cut_short(folder: Path, last_s: int) -> None:
@@ -108,7 +109,7 @@ def free_port() -> int:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             if port not in _given:
-                _given.add(port)
+                _given.append(port)
                 return port
 
 

@@ -20,6 +20,7 @@ from condor_lite.storage import repositories
 from condor_lite.storage.database import Database
 from tests.machine import Machine
 from tests.price_server import Fault, PriceServer
+from tests.program import LIMIT_S
 from tests.stage import START_S
 
 pytestmark = pytest.mark.anyio
@@ -55,6 +56,7 @@ class Scene:
 async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     machine = Machine(monkeypatch, START_S)
     monkeypatch.setattr(CoinbaseSource, "rate_per_s", 1e6)
+    monkeypatch.setattr("condor_lite.prices.witness._START_WAIT_S", LIMIT_S)
     async with PriceServer(now=lambda: machine.true_s) as server:
         (tmp_path / "config.toml").write_text(CONFIG.format(url=server.url))
         made = Scene(machine, server, load(tmp_path / "config.toml", {}))
