@@ -35,7 +35,7 @@ from condor_lite.news import LeaderboardMade, RoundClosed
 from condor_lite.storage import repositories
 from tests.prices import record, wild_walk
 from tests.program import Program, program
-from tests.served import EVIL, NOW_S, OPEN_ROUND, Game, play, serve
+from tests.served import ALPHA, EVIL, NOW_S, OPEN_ROUND, Game, play, serve
 
 START_S = 1_700_000_400
 LIMIT_MS = 100_000  # what comes by itself comes within seconds; this is for a machine with much to do
@@ -324,7 +324,7 @@ def test_dark_is_dark_and_the_charts_follow(browser: Browser, site: Site) -> Non
 def test_prices_and_the_leaderboard_change_while_one_looks(browser: Browser, site: Site) -> None:
     with visit(browser, site, "/") as page:
         page.evaluate("window.stayed = true")
-        for selector in ('[data-price-of="BTC"]', "#lines", "#as-of", "#state .rounds"):
+        for selector in ('[data-price-of="BTC"]', "#lines", "#as-of", "#state .rounds", "footer time"):
             changes(page, selector)
         assert page.evaluate("window.stayed")
 
@@ -377,6 +377,28 @@ def test_an_open_round_tells_who_has_answered_and_closes_before_ones_eyes(
             portal.call(close, game)
             expect(page.locator("#round-head .status")).to_have_text("closed")
             expect(page.locator("#round-head")).to_contain_text("1 answered")
+
+
+def test_a_models_first_scores_are_drawn_before_ones_eyes(browser: Browser, tmp_path: Path) -> None:
+    async def join(game: Game) -> None:
+        await game.db.write(repositories.upsert_model, ALPHA, START_S)
+
+    async def begin(game: Game) -> None:
+        await play(game)
+        game.live.news.tell(LeaderboardMade(NOW_S))
+        await close(game)
+
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(serve(tmp_path)) as game:
+        portal.call(join, game)
+        with visit(browser, Still(game.server.url), f"/models/{ALPHA.model_id}") as page:
+            live(page)
+            expect(page.locator("#score-card")).to_contain_text("Its line begins with the first leaderboard")
+            expect(page.locator("#times-card")).to_contain_text("It has not been asked yet")
+            expect(page.locator("[data-chart]")).to_have_count(0)
+            portal.call(begin, game)
+            for card in ("#score-card", "#times-card"):
+                expect(page.locator(f"{card} [data-chart] .scatterlayer .trace").first).to_be_attached()
+            expect(page.locator("#score-card[data-live]")).to_have_count(0)
 
 
 async def close(game: Game) -> None:

@@ -260,10 +260,14 @@ async def test_the_state_of_the_game_is_one_look(game: Game) -> None:
     assert re.search(r"Last result BTC 2 min of [\d:]+ : 2 of 3 answered, best (alpha|plain)", text)
 
 
-async def test_before_the_first_scores_it_says_when_they_come(fresh: Game) -> None:
+async def test_without_a_model_no_scores_are_counted_down_to(fresh: Game) -> None:
     text = plain(await page(fresh, "/"))
-    assert "No model has joined yet. First scores in " in text
+    assert "No model has joined yet: they show here as soon as they connect" in text
+    assert "First scores come about 90 s later" in text
+    assert "First scores in" not in text
 
+
+async def test_before_the_first_scores_it_says_when_they_come(fresh: Game) -> None:
     await fresh.db.write(repositories.upsert_model, ALPHA, START_S)
     await fresh.client.get("/reports/models")
     counted = re.search(r'First scores <time datetime="([^"]+)"', await page(fresh, "/?window=recent"))
@@ -395,6 +399,8 @@ def test_numbers_are_written_for_people() -> None:
     assert common.price(0.00012) == "0.00012"
     assert common.price(None) == NONE
     assert common.signed(-1.234) == "\u22121.23"
+    assert [common.signed(value, 1) for value in (-0.04, 0.0, 0.05, 0.06)] == ["0.0", "0.0", "+0.1", "+0.1"]
+    assert [common.tone(value) for value in (None, -0.004, -0.006, 1.0)] == ["", "even", "minus", "plus"]
     assert common.answer_time(850) == "850 µs"
     assert common.answer_time(12_345) == "12 ms"
     assert common.answer_time(1_300_000) == "1.3 s"

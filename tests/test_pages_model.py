@@ -31,7 +31,7 @@ async def test_a_model_s_page_has_its_scores_settings_and_rounds(tmp_path: Path)
         assert "By alice" in shown
         assert "connected" in shown
         assert "Its last error" not in shown
-        assert "This is shown from 400 different moves on" in shown
+        assert "shown once 400 different moves are scored" in shown
         for setting in ("1 min / 10 s", "2 min / 1 min"):
             assert setting in shown
         await links_lead_somewhere(game, html, "/models/1")

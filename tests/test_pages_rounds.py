@@ -40,6 +40,7 @@ async def test_a_scored_round_shows_fans_around_what_happened(tmp_path: Path) ->
         assert drawing["range"][0] < min(drawing["p"]) < max(drawing["p"]) < drawing["range"][1]
         shown = text(html)
         assert "segment 1: scale must be > 0" in shown
+        assert "Model Score In the picture" in shown, "a phone shows the score without scrolling"
         assert EVIL in shown, "escaped, it is a name as any other"
         await links_lead_somewhere(game, html, f"/rounds/{BTC_ROUND}")
 
@@ -57,6 +58,7 @@ async def test_models_are_put_into_the_picture_and_out(tmp_path: Path) -> None:
         html = await page(game, f"/rounds/{BTC_ROUND}", model="b/2,nobody")
         assert blocks(html)[0]["fans"] == []
         assert "no fan: it has no valid answer" in text(html)
+        assert not re.search(r"\S\(no fan", text(html))
 
 
 @pytest.mark.anyio

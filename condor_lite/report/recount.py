@@ -12,7 +12,7 @@ from condor_lite.game.scoring import Rules, SegmentScores
 from condor_lite.pool import ScoringPool
 from condor_lite.worker import ScoringItem, ValidationItem
 
-_STAYS_S = 60.0
+_STAYS_S = 300.0
 
 
 class Recount:

@@ -140,8 +140,19 @@ def price(value: float | None) -> str:
 
 
 def signed(value: float | None, decimals: int = 2) -> str:
-    """`+1.23`, with a true minus sign."""
-    return NONE if value is None else f"{value:+.{decimals}f}".replace("-", "−")  # noqa: RUF001
+    """`+1.23`, with a true minus sign; what rounds to zero has none."""
+    if value is None:
+        return NONE
+    text = f"{value:+.{decimals}f}"
+    return text.replace("-", "−") if float(text) else text[1:]  # noqa: RUF001
+
+
+def tone(value: float | None, decimals: int = 2) -> str:
+    """`plus`, `minus` or `even`, as it is `signed`; empty where there is nothing."""
+    if value is None:
+        return ""
+    rounded = round(value, decimals)
+    return "plus" if rounded > 0 else "minus" if rounded < 0 else "even"
 
 
 def percent(share: float | None, decimals: int = 0) -> str:
@@ -211,6 +222,7 @@ _templates.filters.update(
     span=span,
     stamp=stamp,
     ticked=ticked,
+    tone=tone,
     time_of_day=time_of_day,
 )
 _templates.globals.update(plotly=bundle.ADDRESS, query=query, static=address)

@@ -199,7 +199,7 @@
 
   document.addEventListener("condor:swapped", ({ detail }) => {
     for (const element of charts()) {
-      if (detail.includes(element.dataset.from)) {
+      if (detail.includes(element.dataset.from) || !shown.has(element)) {
         shown.delete(element);
         draw(element);
       }

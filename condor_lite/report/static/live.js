@@ -1,6 +1,6 @@
 // Keeps a page alive: the connection to /events, times in the reader's zone, and parts that are fetched anew.
 //
-// - <time datetime=ISO data-show="stamp|clock|age|countdown">
+// - <time datetime=ISO data-show="stamp|clock|age|countdown|now">
 // - an element with an id and data-live="leaderboard prices": its content is fetched anew on these events;
 //   then "condor:swapped" is dispatched on document, with the ids in detail
 // - [data-price-of="BTC"]: gets the newest price; [data-price-time-of="BTC"]: a <time>, gets its time
@@ -41,9 +41,10 @@
     return `${Math.round(s / 86400)} d`;
   };
   const sayTime = (element) => {
+    const show = element.dataset.show;
+    if (show === "now") element.dateTime = new Date(Math.floor(now() / 1000) * 1000).toISOString();
     const at = Date.parse(element.dateTime);
     if (Number.isNaN(at)) return;
-    const show = element.dataset.show;
     let text;
     if (show === "age") text = `${span(now() - at)} ago`;
     else if (show === "countdown") text = at > now() ? `in ${span(at - now())}` : "now";
@@ -56,7 +57,7 @@
   };
   const sayTimes = (within) => within.querySelectorAll("time[data-show]").forEach(sayTime);
   const sayMoving = () => {
-    document.querySelectorAll('time[data-show="age"], time[data-show="countdown"]').forEach(sayTime);
+    document.querySelectorAll("time:is([data-show=age], [data-show=countdown], [data-show=now])").forEach(sayTime);
   };
 
   // Parts of the page, fetched anew
@@ -121,6 +122,7 @@
     const focused = element.contains(document.activeElement) ? document.activeElement : null;
     const href = focused && focused.getAttribute("href");
     element.replaceChildren(...fresh.childNodes);
+    if (!fresh.dataset.live) delete element.dataset.live; // its parts are alive themselves from now on
     sayTimes(element);
     if (focused) {
       const again = [...element.querySelectorAll("a")].find((link) => link.getAttribute("href") === href);
