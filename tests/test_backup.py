@@ -555,6 +555,7 @@ async def test_a_folder_that_does_not_answer_is_a_failure_and_is_tried_again(
     async with stored(tmp_path, 10) as db, service(db, clock, folder) as backups:
         await clock.run_until(START_S + 1)
         assert "does not answer" in (backups.state.failure or "")
+        monkeypatch.setattr(backups._at_the_folder, "_limit_s", 60.0)
         there.set()
         while backups.state.failure:
             await clock.run_until(clock.now() + 600)

@@ -268,7 +268,7 @@ async def test_the_address_with_most_streams_makes_room_for_another(
         async with (
             reading(url, address="127.0.0.2") as other,
             httpx.AsyncClient(
-                base_url=url, transport=httpx.AsyncHTTPTransport(local_address="127.0.0.2")
+                base_url=url, timeout=120, transport=httpx.AsyncHTTPTransport(local_address="127.0.0.2")
             ) as client,
         ):
             assert await oldest.ended()

@@ -21,6 +21,7 @@ from condor_lite.report.answers import horizon_label
 from condor_lite.storage.database import open_read_only
 from tests.games import joined, settle
 from tests.served import serve
+from tests.stage import until
 
 pytestmark = pytest.mark.anyio
 
@@ -87,6 +88,7 @@ async def test_the_numbers_of_a_game_are_those_in_its_database(tmp_path: Path) -
         httpx.AsyncClient(base_url=game.web.url, timeout=60) as client,
     ):
         await settle(game, clock, START_S + 3600)
+        await until(lambda: len(game.live.connected()) == 1)  # two have been given up
         text = (await client.get("/metrics")).raise_for_status().text
         with closing(open_read_only(config.storage.path)) as db:
             rounds = Counter(dict(db.execute("SELECT status, count(*) FROM round GROUP BY 1").fetchall()))

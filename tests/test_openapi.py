@@ -19,6 +19,7 @@ from anyio.from_thread import start_blocking_portal
 from hypothesis import HealthCheck, settings
 
 from condor_lite.report.api import ENDPOINTS
+from condor_lite.report.connections import MOST_HEAD_BYTES
 from condor_lite.report.openapi import Endpoint, document
 from condor_lite.report.params import read_moment
 from condor_lite.report.replies import JSON
@@ -65,7 +66,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     suppress_health_check=list(HealthCheck),
 )
 def test_schemathesis_finds_nothing(case: schemathesis.Case, url: str) -> None:
-    response = case.call_and_validate(base_url=url)
+    response = case.call(base_url=url, timeout=60)
+    if response.status_code == 431:  # no schema bounds the whole of an address
+        assert len(response.request.url or "") > MOST_HEAD_BYTES - 1000
+    else:
+        case.validate_response(response)
     asked[response.status_code] += 1
 
 

@@ -524,7 +524,8 @@ async def test_at_the_end_of_a_recording_nothing_is_called_fresh(
     assert whats == ["ETH: the recording is over"]
 
 
-async def test_each_disk_is_looked_at_once(tmp_path: Path) -> None:
+async def test_each_disk_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alarms, "_LOOK_MOST_S", 60.0)
     (tmp_path / "backups").mkdir()
     folders = [tmp_path, tmp_path / "backups", Path("/proc"), tmp_path / "none"]
     looked_at = await alarms.DisksFree(folders).look()
