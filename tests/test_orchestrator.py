@@ -491,3 +491,13 @@ async def test_a_clock_that_is_not_believed_forgets_no_log(tmp_path):
     async with orchestrating(tmp_path, replace(QUICK, forget_s=0.1), lambda: time.time() - 365 * 86400):
         await eventually(lambda: not (logs / "old.log").exists())
     assert (logs / "new.log").exists()
+
+
+async def test_a_process_that_can_not_be_started_leaves_no_folder(tmp_path):
+    add_model(tmp_path, "good")
+    (tmp_path / "data" / "models-log" / "good.log").mkdir(parents=True)
+    async with orchestrating(tmp_path) as orch:
+        given_up = LocalState.GIVEN_UP
+        states = await until(orch, lambda states: "good" in states and states["good"].state is given_up)
+        assert "can't be started" in states["good"].reason
+        assert not list((tmp_path / "data").glob("models-tmp/*"))

@@ -241,6 +241,7 @@ async def _spawn(source: ModelFolder, deployment_id: str, settings: LaunchSettin
             process = await _open_process(source, deployment_id, settings, mark, theirs)
     except OSError as error:
         control.close()
+        shutil.rmtree(settings.temp_dir / mark, ignore_errors=True)
         raise LaunchError(f"its process can't be started: {error}") from None
     settings.guard.add(process.pid, mark)
     return ModelProcess(source, deployment_id, process, mark, control, settings)
