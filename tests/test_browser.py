@@ -321,6 +321,17 @@ def test_dark_is_dark_and_the_charts_follow(browser: Browser, site: Site) -> Non
         assert lightness(after) > lightness(before)
 
 
+def test_on_paper_a_page_is_light_and_has_nothing_to_click(browser: Browser, site: Site) -> None:
+    with visit(browser, site, "/", color_scheme="dark") as page:
+        live(page)
+        page.emulate_media(media="print")
+        ink = page.locator("#lines th a").first.evaluate("(element) => getComputedStyle(element).color")
+        assert lightness(ink) < 0.2
+        expect(page.locator("#lines")).to_be_visible()
+        for part in ("nav", "form", ".button", "#connection"):
+            expect(page.locator(part).first).to_be_hidden()
+
+
 def test_prices_and_the_leaderboard_change_while_one_looks(browser: Browser, site: Site) -> None:
     with visit(browser, site, "/") as page:
         page.evaluate("window.stayed = true")
