@@ -419,6 +419,8 @@ async def isolation() -> None:
                 bad.freeze()
             elif name == "dead":
                 bad.kill()
+            elif name == "garbage":  # the scorer would have found it out after the first round
+                game.predict.on_checked((), dict.fromkeys(game.numbers("bad-truncated"), "not JSON"))
             beside, alone, beats = await _in_turns(game, [entry["model_id"] for entry in bad.entries])
             await fleet.do("say", entries=[{**entry, "state": "STOPPED"} for entry in bad.entries])
             await game.connected(90)

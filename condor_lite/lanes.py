@@ -97,6 +97,11 @@ class Participant:
     watermark_of: str | None = None
     """The deployment that was given those prices."""
 
+    @property
+    def failing(self) -> bool:
+        """Whether it has not answered well since it last failed."""
+        return bool(self.consecutive_failures or self.consecutive_timeouts or self.consecutive_invalid)
+
 
 @dataclass(frozen=True, slots=True)
 class Tick:
@@ -341,7 +346,7 @@ class Lane:
         loop = asyncio.get_running_loop()
         until_s = loop.time() + timeout_s
         while True:
-            number = await floor.throttle.enter()
+            number = await floor.throttle.enter(last=self.participant.failing)
             if self.paused:
                 floor.throttle.leave(number)
                 raise _Paused

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 
 from condor_lite.clock import Clock
 
+_LAST_SHARE = 64  # so that a flood of the others is not for ever
+
 
 class Pacer:
     """Lets `starts_a_turn` callers go on in each turn of the event loop, first come, first served."""
@@ -68,7 +70,7 @@ class Throttle:
 
     So their answers come back in portions that the event loop can take, and those who never answer hold up
     the others by `patience_s` for each `most` of them, and not for ever. At most `starts_a_turn` begin in
-    one turn of the loop.
+    one turn of the loop. Who enters as one of the last waits until nobody else does, but for every 64th call.
     """
 
     def __init__(self, most: int, patience_s: float, starts_a_turn: int) -> None:
@@ -77,8 +79,9 @@ class Throttle:
         self._starts_a_turn = starts_a_turn
         self._under_way: dict[int, float] = {}
         """When each call that counts began; the oldest first."""
-        self._waiting: deque[asyncio.Future[int]] = deque()
-        self._numbers = itertools.count()
+        self._first: deque[asyncio.Future[int]] = deque()
+        self._last: deque[asyncio.Future[int]] = deque()
+        self._numbers = itertools.count(1)
         self._next: asyncio.Handle | None = None
         """The next look at who may begin."""
         self._next_is_soon = False
@@ -86,13 +89,13 @@ class Throttle:
     @property
     def crowded(self) -> bool:
         """Whether anyone waits to begin."""
-        return bool(self._waiting)
+        return bool(self._first or self._last)
 
-    async def enter(self) -> int:
+    async def enter(self, *, last: bool = False) -> int:
         """Return when a call may begin, with its number. First come, first served."""
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[int] = loop.create_future()
-        self._waiting.append(turn)
+        (self._last if last else self._first).append(turn)
         self._plan(loop)
         return await turn
 
@@ -103,7 +106,7 @@ class Throttle:
 
     def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
         """Look again in the next turn where there is room, or else when the oldest call runs out."""
-        if not self._waiting or self._next_is_soon:
+        if not self.crowded or self._next_is_soon:
             return
         if len(self._under_way) < self._most:
             if self._next is not None:
@@ -119,10 +122,11 @@ class Throttle:
         while self._under_way and next(iter(self._under_way.values())) <= now_s - self._patience_s:
             del self._under_way[next(iter(self._under_way))]
         begun = 0
-        while self._waiting and len(self._under_way) < self._most and begun < self._starts_a_turn:
-            turn = self._waiting.popleft()
+        while self.crowded and len(self._under_way) < self._most and begun < self._starts_a_turn:
+            number = next(self._numbers)
+            is_last = self._last and (not self._first or number % _LAST_SHARE == 0)
+            turn = (self._last if is_last else self._first).popleft()
             if not turn.done():  # whoever waited may have been cancelled
-                number = next(self._numbers)
                 self._under_way[number] = now_s
                 turn.set_result(number)
                 begun += 1

@@ -196,8 +196,9 @@ class PredictLoop:
         """Keep the game's time and who is connected on disk, so that a crash loses little of either."""
         while True:
             await asyncio.sleep(_HEARTBEAT_S)
-            self._journal.append(repositories.save_clock, self._clock.now())
-            self._touch(self._connected())
+            if self._journal.failing is None:  # a day of them would take 100 MB
+                self._journal.append(repositories.save_clock, self._clock.now())
+                self._touch(self._connected())
 
     # -- rounds ------------------------------------------------------------------------------------
 

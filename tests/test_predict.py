@@ -6,14 +6,16 @@ import asyncio
 import json
 from pathlib import Path
 
+import anyio
 import pytest
 from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest, CallResponse, SetupRequest
 
 from benchmarks import predict as measured
 from condor_lite.game.entities import RoundStatus
+from condor_lite.pacer import Throttle
 from tests import fleet
 from tests.fleet import ModelServer
-from tests.fleet.model import Wire
+from tests.fleet.model import Behaviour, Wire
 from tests.fleet.process import FleetProcess
 from tests.stage import CONFIG, START_S, staged, until, within
 
@@ -153,6 +155,49 @@ async def test_models_that_stay_silent_together_are_given_up_and_void_no_more_ro
         assert all(
             known.suspected == set() or not known.trusted for known in stage.predict.participants.values()
         )
+
+
+@pytest.mark.parametrize("failing", [fleet.raises, fleet.BEHAVIOURS["grpc_deadline"]])
+async def test_one_good_answer_clears_the_counters(
+    failing: Behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def moody(model: ModelServer, request: CallRequest) -> Wire:
+        bad = request.methodName == "predict" and len(model.predicts) % 3
+        return await (failing if bad else fleet.answers_well)(model, request)
+
+    entered: list[bool] = []
+    enter = Throttle.enter
+
+    async def noted(self: Throttle, *, last: bool = False) -> int:
+        entered.append(last)
+        return await enter(self, last=last)
+
+    monkeypatch.setattr(Throttle, "enter", noted)
+    model = ModelServer("moody", moody)
+    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "10s"')) as stage:
+        await stage.join(model, *(ModelServer(f"good-{number}") for number in range(2)))
+        known, failed = stage.predict.participants["moody"], []
+        while len(model.predicts) < 9 and not stage.orchestrator.reports:
+            await stage.play(10)
+            failed.append(known.failing)
+        assert not stage.orchestrator.reports
+        assert stage.ready("moody")
+        assert {True, False} == set(failed) == set(entered), "who failed is called after the others"
+
+
+async def test_who_enters_last_waits_for_the_others_but_not_for_ever() -> None:
+    throttle, order = Throttle(1, 60.0, 8), []
+
+    async def call(name: str) -> None:
+        number = await throttle.enter(last=name == "last")
+        order.append(name)
+        throttle.leave(number)
+
+    async with anyio.create_task_group() as tasks:
+        for name in ("last", "last", *("first",) * 100):
+            tasks.start_soon(call, name)
+    assert order[:63] == ["first"] * 63
+    assert [number for number, name in enumerate(order, 1) if name == "last"] == [64, 102]
 
 
 async def test_a_model_that_is_stuck_on_one_call_is_given_up(tmp_path: Path) -> None:
