@@ -58,9 +58,7 @@ class FleetProcess:
         process = self._running
         if process.returncode is None:
             process.kill()
-        assert process.stdin is not None
-        process.stdin.close()
-        await process.wait()
+        await process.communicate()  # to the end of its pipes, which else are left to the garbage collector
 
     async def do(self, command: str, **arguments: Any) -> Any:
         """Have the process do something; see `tests.fleet_process` for what there is."""
