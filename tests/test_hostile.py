@@ -149,10 +149,12 @@ async def silent_listener() -> AsyncIterator[int]:
         yield listener.getsockname()[1]
 
 
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+def closed_port(stack: AsyncExitStack) -> int:
+    """Nobody else is given it, and nobody listens."""
+    taken = stack.enter_context(socket.socket())
+    taken.bind(("127.0.0.1", 0))
+    port: int = taken.getsockname()[1]
+    return port
 
 
 def entry(model_id: str, port: int, deployment: int = 1, **infos: Any) -> dict[str, Any]:
@@ -251,7 +253,7 @@ async def test_no_model_loses_an_answer_to_what_others_do(
             stage.models.append(server)
         await stage.orchestrator.announce(*refusing)
         silent = await stack.enter_async_context(silent_listener())
-        await stage.orchestrator.say([entry("silent", silent), entry("closed", closed_port())])
+        await stage.orchestrator.say([entry("silent", silent), entry("closed", closed_port(stack))])
         await until(lambda: all(stage.ready(model_id) for model_id in healthy))
         rabble = Rabble(stage, stack, ports)
         restlessness = asyncio.create_task(coming_and_going(stage, restless, (twins[0], twins[1])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gc
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -406,9 +407,6 @@ async def test_a_tls_server_without_credentials_is_reported(
 
 async def test_a_model_that_does_not_listen_yet_is_tried_again(tmp_path: Path) -> None:
     write_credentials(tmp_path)
-    model = secure_model("a")
-    await model.start()
-    await model.stop()
     tries: list[float] = []
 
     class Backoff(float):
@@ -416,16 +414,18 @@ async def test_a_model_that_does_not_listen_yet_is_tried_again(tmp_path: Path) -
             tries.append(attempt)
             return 0.0
 
-    entry = model.entry()
-    connection = Connection(
-        "Tracker",
-        max_reply_bytes=1000,
-        retry_backoff_factor=Backoff(),
-        **security.load_credentials(load(tmp_path, SECURE).orchestrator),
-        **{key: entry[key] for key in ("deployment_id", "model_id", "ip", "port", "infos")},
-        model_name="a",
-    )
-    assert await connection.init() == (False, connection.ErrorType.GRPC_CONNECTION_FAILED)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # nobody else is given the port, and nobody listens
+        entry = ModelServer("a", port=silent.getsockname()[1]).entry()
+        connection = Connection(
+            "Tracker",
+            max_reply_bytes=1000,
+            retry_backoff_factor=Backoff(),
+            **security.load_credentials(load(tmp_path, SECURE).orchestrator),
+            **{key: entry[key] for key in ("deployment_id", "model_id", "ip", "port", "infos")},
+            model_name="a",
+        )
+        assert await connection.init() == (False, connection.ErrorType.GRPC_CONNECTION_FAILED)
     assert tries == [1, 2]
     assert connection.problem is not None
     assert connection.problem.startswith("cannot connect")
