@@ -18,6 +18,7 @@ import psutil
 from tests.program import LIMIT_S, catches
 from tests.torture.worlds import SPEED, Live, Replayed, World
 
+_SOME_ROUNDS_S = 5.0
 _MOST_SAID_BYTES = 2**20
 _LESS_THAN_NUMPY_TAKES = 64 * 2**20
 _HOUR_S = 3600
@@ -239,6 +240,7 @@ def pool_memory(world: World, spell: Spell) -> list[str]:
 
 def descriptors(world: World, spell: Spell) -> list[str]:
     """no more file descriptors for the game, with visitors at its port and a scoring process killed"""
+    spell = Spell(max(spell.span_s, _SOME_ROUNDS_S), spell.moments)
     game = psutil.Process(world.run.process.pid)
     soft, hard = game.rlimit(resource.RLIMIT_NOFILE)
     said_bytes, begun = world.run.console.stat().st_size, _begun(world)
