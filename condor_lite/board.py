@@ -16,7 +16,7 @@ from condor_lite.config import Config
 from condor_lite.game.calibration import BriefSums, RoundCalibration, brief_rows
 from condor_lite.game.entities import Leaderboard, Model, Round, RoundScores, RuleInfo, Setting, Window
 from condor_lite.game.leaderboard import is_gone, reference_benchmark
-from condor_lite.game.windows import HOUR_S, SLOTS, HourSums, WindowSums, window_start_s
+from condor_lite.game.windows import HOUR_S, HourSums, WindowSums, window_start_s
 from condor_lite.storage import repositories, rescores, scores
 from condor_lite.storage.calibration import load_brief_rows
 from condor_lite.storage.database import Database
@@ -48,7 +48,7 @@ class Board:
         self._sums: WindowSums | None = None
         self._mixture: tuple[tuple[int, ...], int] | None = None
         self._calibration = BriefSums(config.game.settings)
-        self._kept: dict[tuple[Setting, int], int] = {}  # rounds in what is stored of a setting and hour
+        self._changed: set[tuple[str, int]] = set()  # settings' hours that are not kept as they are now
         self._kept_until: int | None = None
         self._leaderboard: Leaderboard | None = None
         self._leader: int | None = None
@@ -76,6 +76,7 @@ class Board:
         if self._sums is not None:
             key, at_s = round_.setting.key, round_.resolvable_at_s
             try:
+                self._changed.add((key, at_s // HOUR_S))
                 await asyncio.to_thread(self._sums.add, key, at_s, result)
                 await asyncio.to_thread(self._calibration.add, brief_rows(key, at_s, added, times))
             except BaseException:
@@ -120,15 +121,14 @@ class Board:
         hour = int(self._clock.now()) // HOUR_S
         if self._sums is None or hour == self._kept_until:
             return
-        sums = self._sums
-        for past in range(hour - Window.ANCHOR.hours, hour):
-            found = {setting: sums.rounds(setting, past) for setting in self._config.game.settings}
-            new = [one for one, rounds in found.items() if rounds and rounds != self._kept.get((one, past))]
+        sums, settings = self._sums, self._config.game.settings
+        passed = {place for place in self._changed if place[1] < hour}
+        for past in sorted({at for _, at in passed if at >= hour - Window.ANCHOR.hours}):
+            new = [one for one in settings if (one.key, past) in passed and sums.rounds(one, past)]
             if new:
                 made = await asyncio.to_thread(_taken, sums, self._calibration, new, past)
                 await self._db.write(save_hours, self._version, sums.benchmark, made)
-                self._kept.update({(setting, past): found[setting] for setting in new})
-        self._kept = {place: rounds for place, rounds in self._kept.items() if place[1] >= hour - SLOTS}
+        self._changed -= passed
         self._kept_until = hour
 
     async def _rebuild(self, benchmark: int | None, now_s: float) -> WindowSums:
@@ -140,15 +140,15 @@ class Board:
         missing = await self._db.read(hours_to_sum, self._version, benchmark, settings, since_s)
         if missing:
             await self._add_briefs(calibration, min(missing))
-        self._calibration, self._kept, self._kept_until = calibration, {}, None
+        self._calibration, self._changed, self._kept_until = calibration, set(), None
         while since_s <= now_s:  # by the hour: a week of a large game is millions of rows
             if since_s in missing:
                 rows = await self._db.read(scores.load_window_rows, self._version, since_s, since_s + HOUR_S)
                 await asyncio.to_thread(sums.load, rows)
+                self._changed.update((setting.key, int(since_s) // HOUR_S) for setting in settings)
             else:
                 hours = await self._db.read(load_hours, self._version, settings, since_s)
                 await asyncio.to_thread(_put, sums, calibration, hours)
-                self._kept.update({(hour.setting, hour.hour): hour.rounds for hour in hours})
             since_s += HOUR_S
         return sums
 

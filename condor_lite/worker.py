@@ -35,9 +35,8 @@ from condor_lite.storage.compression import decompress
 
 T = TypeVar("T")
 
-NOTE_WIDTH = (
-    2  # an item's index or one of the three below, and since when (monotonic: one clock for all processes)
-)
+# A note: an item's index or one of the three below, and since when (monotonic: one clock for all processes).
+NOTE_WIDTH = 2
 UNTOUCHED = -1.0
 TOGETHER = -2.0
 FINISHED = -3.0

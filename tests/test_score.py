@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from condor_lite import config as configuration
-from condor_lite import scorer
+from condor_lite import board, scorer
 from condor_lite.board import Board
 from condor_lite.clock import SteppedClock
 from condor_lite.config import Config
@@ -369,9 +369,9 @@ async def test_kept_hours_equal_those_summed_anew(tmp_path: Path, monkeypatch: p
 
     async def sums_anew() -> dict[tuple[str, int], HourSums]:
         read.clear()
-        board = Board(game.config, game.clock, game.db, load_rule("crps"), 1, lambda _: None)
-        await board.publish(changed=True)
-        sums, calibration = board._sums, board._calibration
+        made = Board(game.config, game.clock, game.db, load_rule("crps"), 1, lambda _: None)
+        await made.publish(changed=True)
+        sums, calibration = made._sums, made._calibration
         assert sums is not None
         return {
             (setting.key, hour): sums.of_hour(setting, hour, calibration)
@@ -422,6 +422,32 @@ async def test_kept_hours_equal_those_summed_anew(tmp_path: Path, monkeypatch: p
     assert all(one.briefs.any() for one in after.values() if one.rounds)
 
 
+async def test_only_hours_that_changed_are_kept_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[tuple[str, int, int]] = []
+    save = board.save_hours
+
+    def save_noted(conn: sqlite3.Connection, version: int, benchmark: int, hours: list[HourSums]) -> None:
+        kept.extend((one.setting.key, one.hour - START_S // 3600, one.rounds) for one in hours)
+        save(conn, version, benchmark, hours)
+
+    monkeypatch.setattr(board, "save_hours", save_noted)
+    async with playing(tmp_path) as game:
+        async with game.running():
+            await game.round(START_S)
+            await game.round(START_S + 3600, "ETH")
+            await game.prices(START_S, START_S + 7200)
+            await game.clock.run_until(START_S + 7200)
+            assert sorted(kept) == [("BTC-60-10", 0, 1), ("ETH-60-10", 1, 1)]
+            await game.clock.run_until(START_S + 4 * 3600)
+            assert len(kept) == 2, "hours without a new round are left alone"
+            await game.round(START_S + 300)
+            await game.clock.run_until(START_S + 5 * 3600)
+        assert kept[2:] == [("BTC-60-10", 0, 2)]
+        await game.round(START_S + 3900, "ETH")
+        await game.another_loop().finish()
+        assert kept[3:] == [("ETH-60-10", 1, 2)]
+
+
 async def test_a_clock_that_leaps_keeps_no_hour_of_the_week_before(tmp_path: Path) -> None:
     async with playing(tmp_path) as game:
         await game.round(START_S)
@@ -430,10 +456,10 @@ async def test_a_clock_that_leaps_keeps_no_hour_of_the_week_before(tmp_path: Pat
         await game.another_loop().finish()
         week_later_s = START_S // 3600 * 3600 + 168 * 3600
         clock = SteppedClock(week_later_s - 1)
-        board = Board(game.config, clock, game.db, load_rule("crps"), 1, lambda _: None)
-        await board.publish(changed=True)
+        leapt = Board(game.config, clock, game.db, load_rule("crps"), 1, lambda _: None)
+        await leapt.publish(changed=True)
         await clock.run_until(week_later_s + 2 * 3600)  # a machine that was suspended, between the two
-        await board.keep()
+        await leapt.keep()
         kept = await game.rows("SELECT DISTINCT hour_s FROM hour_sum")
     assert not kept
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import orjson
 
@@ -14,7 +13,6 @@ from condor_lite.report import params
 from condor_lite.report.answers import PredictionDetail, moment_of_ms
 from condor_lite.report.context import Context, NotFound
 from condor_lite.report.replies import Reply, pack
-from condor_lite.storage.compression import compress
 from condor_lite.storage.database import QUERY_LIMIT_S, reading
 from condor_lite.worker import ScoringItem
 
@@ -50,10 +48,9 @@ async def prediction_detail(context: Context, sent: PredictionParams) -> Reply:
 
 async def _scores_anew(context: Context, evidence: Evidence) -> SegmentScores | str:
     """In a process of its own: an answer may be made to take long."""
-    payload = evidence.answer.payload
-    assert payload is not None
+    body = evidence.answer.body
+    assert body is not None
     async with context.recounting():
-        body = await context.alone(partial(compress, payload))
         item = ScoringItem(body, evidence.round.setting, evidence.realised)
         try:
             scores = await context.recount.scores(evidence.rules, item)

@@ -35,7 +35,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class AnswerEvidence:
-    """One model's part in a round. `payload` is None where none was sent or it has been pruned."""
+    """One model's part in a round. `body` is its answer as it is stored, `payload` as it was sent; None where
+    none was sent or it has been pruned.
+    """
 
     model_id: str
     model_name: str
@@ -46,6 +48,7 @@ class AnswerEvidence:
     raw: float | None
     counted: float | None
     score: float | None
+    body: bytes | None
     payload: bytes | None
 
 
@@ -128,4 +131,4 @@ def find_answers(
 def _answer(row: Sequence[Any]) -> AnswerEvidence:
     model_id, name, status, *rest, body = row
     payload = None if body is None else restored(body, model_id)
-    return AnswerEvidence(model_id, name, AnswerStatus(status), *rest, payload)  # type: ignore[call-arg]
+    return AnswerEvidence(model_id, name, AnswerStatus(status), *rest, body, payload)  # type: ignore[call-arg]
