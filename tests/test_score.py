@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from condor_lite import config as configuration
-from condor_lite import board, scorer
+from condor_lite import scorer
 from condor_lite.board import Board
 from condor_lite.clock import SteppedClock
 from condor_lite.config import Config
@@ -37,6 +37,7 @@ from condor_lite.game.windows import HourSums, WindowRows
 from condor_lite.score import ScoreLoop
 from condor_lite.storage import repositories, scores
 from condor_lite.storage.database import Database
+from condor_lite.storage.hours import save_hours
 from tests.rules import GUILTY
 
 pytestmark = pytest.mark.anyio
@@ -424,13 +425,12 @@ async def test_kept_hours_equal_those_summed_anew(tmp_path: Path, monkeypatch: p
 
 async def test_only_hours_that_changed_are_kept_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[tuple[str, int, int]] = []
-    save = board.save_hours
 
     def save_noted(conn: sqlite3.Connection, version: int, benchmark: int, hours: list[HourSums]) -> None:
         kept.extend((one.setting.key, one.hour - START_S // 3600, one.rounds) for one in hours)
-        save(conn, version, benchmark, hours)
+        save_hours(conn, version, benchmark, hours)
 
-    monkeypatch.setattr(board, "save_hours", save_noted)
+    monkeypatch.setattr("condor_lite.board.save_hours", save_noted)
     async with playing(tmp_path) as game:
         async with game.running():
             await game.round(START_S)
