@@ -16,7 +16,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -97,7 +97,10 @@ class _Crew:
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    """A batch on its way: the items' indices, and where the worker that has it makes its notes."""
+    """A batch on its way: the items' indices, and where the worker that has it makes its notes.
+
+    `since_s`: from when on a worker had no other batch to take first.
+    """
 
     items: list[int]
     careful: bool
@@ -146,6 +149,7 @@ class ScoringPool:
     ) -> None:
         """`politeness` is added to the workers' nice value."""
         self._workers = workers
+        self._places = workers + 1  # one batch lies ready, so that no worker waits for its way there
         self._rules = rules
         self._time_limit_s = time_limit_s
         self._memory_mb = memory_mb
@@ -243,35 +247,41 @@ class ScoringPool:
                 if not flights:  # alone, so that there is no doubt who did it
                     flights.append(await self._launch(work, work.suspects.popleft(), 0, careful=True))
             else:
-                while work.todo and len(flights) < self._workers:
+                while work.todo and len(flights) < self._places:
                     taken = {flight.slot for flight in flights}
-                    slot = next(slot for slot in range(self._workers) if slot not in taken)
+                    slot = next(slot for slot in range(self._places) if slot not in taken)
                     flights.append(await self._launch(work, self._next_batch(work), slot, careful=False))
             await self._landing(flights)
             if any(flight.stuck_on is not None or _broke(flight) for flight in flights):
                 await self._recover(work, flights)
                 flights = []
+            waiting = flights[self._workers :]
             for flight in [flight for flight in flights if flight.future.done()]:
                 flights.remove(flight)
                 outcome = flight.future.result()
                 work.record(flight.items, outcome)
                 self._learn(work, flight, outcome)
                 self._fruitless = 0
+            for flight in flights[: self._workers]:
+                if flight in waiting:
+                    flight.since_s = time.monotonic()
 
     async def _launch(self, work: _Work[Item], batch: list[int], slot: int, careful: bool) -> _Flight:
         items = [work.items[at] for at in batch]
         future, since_s = await self._in_thread(self._submit, work.function, slot, items, careful)
         return _Flight(batch, careful, slot, since_s, future, _landed(future))
 
-    async def _landing(self, flights: Iterable[_Flight]) -> None:
+    async def _landing(self, flights: Sequence[_Flight]) -> None:
         """Return when a batch has landed, or mark those whose worker does not react."""
         assert self._crew is not None
         longest_s = self._time_limit_s + _GRACE_S
         while True:
             now_s = time.monotonic()
             wait_s = longest_s  # by then, whoever is on an item has noted a new one, or is stuck
-            for flight in flights:
+            for place, flight in enumerate(flights):
                 item, since_s = self._crew.note(flight.slot)
+                if item == worker.UNTOUCHED and place >= self._workers:
+                    continue  # those before it are in its way
                 if item >= 0:
                     left_s = since_s + longest_s - now_s
                 elif item == worker.TOGETHER:
@@ -383,7 +393,7 @@ class ScoringPool:
 
     def _hire(self) -> _Crew:
         context = _RememberingContext()
-        notes = RawArray("d", self._workers * worker.NOTE_WIDTH)
+        notes = RawArray("d", self._places * worker.NOTE_WIDTH)
         initargs = (os.getpid(), notes, self._rules, self._time_limit_s, self._memory_mb, self._politeness)
         self._crew = _Crew(make_executor(context, self._workers, initargs), context, notes)
         return self._crew

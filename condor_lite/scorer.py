@@ -249,32 +249,36 @@ class Scorer:
         return min(times_s, default=math.inf)
 
     async def _score(self, rounds: Sequence[Round], unchecked: Set[int], done: Counter[str]) -> int:
-        """Score rounds in groups, one being stored while the next is in the pool; how many answers it were.
+        """Score rounds in groups, one being stored while the next is in the pool and the one after that is
+        made ready; how many answers it were.
 
         `unchecked`: the `round_no`s of those whose answers nobody has looked into yet.
         """
         answers = 0
+        scoring: asyncio.Task[list[_Scored]] | None = None
         storing: asyncio.Task[None] | None = None
         try:
             async with aclosing(self._groups(rounds)) as groups:
                 async for group in groups:
                     answers += sum(len(payloads) for _, payloads in group)
-                    scored = await self._evaluate(group, unchecked, done)
+                    tasks = await self._tasks(group, unchecked, done)
+                    scored = await scoring if scoring is not None else []
+                    scoring = asyncio.create_task(self._evaluate(tasks))
                     if storing is not None:
                         await storing
                     storing = asyncio.create_task(self._save_all(scored, done))
-            if storing is not None:
+            if scoring is not None and storing is not None:
                 await storing
+                await self._save_all(await scoring, done)
         finally:
-            if storing is not None:
-                storing.cancel()
-                await asyncio.gather(storing, return_exceptions=True)
+            begun = [task for task in (scoring, storing) if task is not None]
+            for task in begun:
+                task.cancel()
+            await asyncio.gather(*begun, return_exceptions=True)
         return answers
 
-    async def _evaluate(
-        self, group: Sequence[_Answers], unchecked: Set[int], done: Counter[str]
-    ) -> list[_Scored]:
-        """Score rounds together, as far as they can be."""
+    async def _tasks(self, group: Sequence[_Answers], unchecked: Set[int], done: Counter[str]) -> list[_Task]:
+        """What there is to score of a group; rounds that can't be are void from here on."""
         series = await self._series([round_ for round_, _ in group])
         tasks: list[_Task] = []
         for round_, payloads in group:
@@ -288,6 +292,10 @@ class Scorer:
                     continue
                 counted = await self._db.read(scores.counted_models, _no(round_))
                 tasks.append(_Task(round_, realised, counted, payloads, is_unchecked))
+        return tasks
+
+    async def _evaluate(self, tasks: Sequence[_Task]) -> list[_Scored]:
+        """Score rounds together."""
         items = [
             ScoringItem(payload, task.round.setting, task.realised)
             for task in tasks

@@ -8,8 +8,11 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -23,7 +26,7 @@ from condor_lite.game.density import decode
 from condor_lite.game.entities import Setting
 from condor_lite.game.outcome import Realised, Series, realise
 from condor_lite.game.scoring import Rules, SegmentScores, score
-from condor_lite.pool import ScoringPool
+from condor_lite.pool import ScoringPool, _Flight
 from condor_lite.storage.compression import compress, decompress
 from condor_lite.worker import ScoringItem, ValidationItem
 from tests.rules import GUILTY
@@ -143,6 +146,38 @@ async def test_a_worker_that_an_accident_kills_costs_no_answer(
     assert (tmp_path / "mark").exists()
     assert reasons == {}
     assert np.isfinite(raw).all()
+
+
+async def test_while_a_batch_is_scored_the_next_lies_ready_and_is_not_blamed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("condor_lite.pool._BATCH_ITEMS", 4)
+    batch = items(GUILTY, *np.zeros(11))
+    async with ScoringPool(1, rules("blocks"), 60.0) as pool:
+        stuck = asyncio.create_task(pool.score(batch))
+        with anyio.fail_after(120):
+            while pool.waiting != 4:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+        stuck.cancel()
+        await asyncio.gather(stuck, return_exceptions=True)
+    async with ScoringPool(1, rules("blocks"), 1.0) as pool:
+        raw, _, reasons = await pool.score(batch)
+    assert reasons == {0: "takes longer than 1 s to score"}
+    assert np.isfinite(raw[1:]).all()
+
+
+@pytest.mark.parametrize(("workers", "stuck"), [(1, [None, None]), (2, [None, worker.UNTOUCHED])])
+async def test_only_a_batch_that_a_worker_is_free_for_can_be_late(
+    workers: int, stuck: list[float | None]
+) -> None:
+    now_s, loop = time.monotonic(), asyncio.get_running_loop()
+    notes = [(3.0, now_s), (worker.UNTOUCHED, 0.0)]
+    pool = ScoringPool(workers, Rules(), 5.0)
+    pool._crew = SimpleNamespace(note=notes.__getitem__)  # type: ignore[assignment]
+    flights = [_Flight([0], False, slot, now_s - 1000, Future(), loop.create_future()) for slot in (0, 1)]
+    flights[0].landed.set_result(None)
+    await pool._landing(flights)
+    assert [flight.stuck_on for flight in flights] == stuck
 
 
 async def test_a_call_that_is_cancelled_leaves_the_pool_usable() -> None:
