@@ -70,10 +70,6 @@ class ScoringItem:
     setting: Setting
     realised: Realised
 
-    def __reduce__(self) -> tuple[type[ScoringItem], tuple[bytes, Setting, Realised]]:
-        """As a frozen dataclass does it by itself, it takes several times as long."""
-        return ScoringItem, (self.body, self.setting, self.realised)
-
     @property
     def scale_unit(self) -> float:
         """`P(t0)` for price changes, 1 for log returns: `unit` is 1e4 divided by it."""

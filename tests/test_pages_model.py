@@ -38,6 +38,19 @@ async def test_a_model_s_page_has_its_scores_settings_and_rounds(tmp_path: Path)
 
 
 @pytest.mark.anyio
+async def test_sums_that_mix_versions_say_so(tmp_path: Path) -> None:
+    async with serve(tmp_path) as game:
+        whole = await play(game)
+        mixed = replace(whole, scorer_version=3, mixed_versions=(1, 2), uncounted=4)
+        assert "other scorers" not in text(await page(game, "/models/b%2F2"))
+        for path in ("/", "/models/1"):
+            game.live.leaderboard = mixed
+            shown = text(await page(game, path))
+            assert "could not score again count with the scores of version 1, 2." in shown
+            assert "4 scored rounds of the last 7 days count for nothing" in shown
+
+
+@pytest.mark.anyio
 async def test_hostile_names_and_ids_are_text(tmp_path: Path) -> None:
     async with serve(tmp_path) as game:
         await play(game)

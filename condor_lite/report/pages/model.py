@@ -89,6 +89,7 @@ async def _page(context: Context, made: ReadyMade, standing: Standing, window: W
         "model.html",
         at="/",
         standing=standing,
+        versions=made.versions,
         info=model.info,
         running=model.info.model_id in made.connected,
         new=leaderboard.is_new(standing, made, most_rounds),
