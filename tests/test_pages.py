@@ -21,7 +21,7 @@ from condor_lite.report.api import PAGES
 from condor_lite.report.files import FOREVER
 from condor_lite.report.pages import about, common, status
 from condor_lite.report.pages.leaderboard import Sort
-from condor_lite.storage import repositories
+from condor_lite.storage import repositories, scores
 
 from .served import ALPHA, EVIL, NOW_S, START_S, Game, load, play, serve
 
@@ -369,6 +369,14 @@ async def test_the_rules_are_those_of_the_config(game: Game) -> None:
 async def test_other_rules_are_told_otherwise(tmp_path: Path, extra: str, says: str) -> None:
     async with serve(tmp_path, extra) as other:
         assert says in plain(await page(other, "/about"))
+
+
+async def test_after_a_rescore_by_another_rule_pages_tell_that_one(tmp_path: Path) -> None:
+    async with serve(tmp_path) as other:
+        await other.db.write(scores.current_scorer, "log", "log_return", "f", START_S)
+        assert "logarithm of the probability" in plain(await page(other, "/about"))
+        assert "Rule log" in plain(await page(other, "/status"))
+        assert "would have scored" not in plain(await page(other, "/"))
 
 
 # Words

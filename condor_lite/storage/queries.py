@@ -330,6 +330,12 @@ async def current_scorer(readers: Readers) -> sqlite3.Row | None:
     return rows[0] if rows else None
 
 
+async def current_rule(readers: Readers, configured: str) -> str:
+    """The rule that scores are by now: a rescore may have chosen another than the configured one."""
+    scorer = await current_scorer(readers)
+    return configured if scorer is None else str(scorer["rule"])
+
+
 async def is_readable(readers: Readers) -> None:
     """Raises StorageError where the database can't be read now."""
     await readers.fetch("SELECT max(round_no) FROM round")

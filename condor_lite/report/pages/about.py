@@ -13,6 +13,7 @@ from condor_lite.report.context import Context
 from condor_lite.report.pages.common import FOR_S, show
 from condor_lite.report.params import NoParams
 from condor_lite.report.replies import Reply
+from condor_lite.storage import queries
 
 _OWN_BASE = "condor_lite.tracker.TrackerBase"
 
@@ -80,6 +81,7 @@ async def _page(context: Context) -> Reply:
         questions=_questions(config, live.clock.now()),
         windows=list(Window),
         config=config,
+        rule=await queries.current_rule(context.readers, config.scoring.rule),
         models=config.orchestrator.models.name,
         module=config.game.base_class.rpartition(".")[0],
         model=model(config),

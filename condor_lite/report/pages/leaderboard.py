@@ -18,7 +18,7 @@ from condor_lite.report.game import round_id
 from condor_lite.report.pages.common import FOR_S, show
 from condor_lite.report.ready import ReadyMade
 from condor_lite.report.replies import Reply
-from condor_lite.storage import overview
+from condor_lite.storage import overview, queries
 
 _MOST_MODELS = 1000
 _MOST_SHOWN = 250  # a browser gets the others when it searches for them, or sorts them to the top
@@ -170,7 +170,7 @@ async def _page(context: Context, made: ReadyMade, sent: LeaderboardPageParams, 
         next_rounds=_next_rounds(context, now_s),
         last=last,
         last_id=None if last is None else round_id(last),
-        rule=live.config.scoring.rule,
+        rule=await queries.current_rule(readers, live.config.scoring.rule),
     )
 
 

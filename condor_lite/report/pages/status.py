@@ -84,7 +84,7 @@ async def _page(context: Context) -> Reply:
         streams=context.stream.readers,
         started_s=live.started_at_s,
         leaderboard_s=live.leaderboard.created_at_s if live.leaderboard else None,
-        scoring=live.config.scoring,
+        rule=scorer["rule"] if scorer else live.config.scoring.rule,
         scorer_version=scorer["scorer_version"] if scorer else None,
         skew_s=_SKEW_S,
         versions={
