@@ -116,7 +116,7 @@ async def test_events_pass_the_proxy_as_they_happen(tmp_path: Path) -> None:
     script = (Path(server.__file__).parent / "static" / "live.js").read_text()
     assert re.findall(r"new EventSource\((.*?)\?", script) == ["`${root.dataset.root}/events"]
     async with (
-        asyncio.timeout(60),
+        asyncio.timeout(120),
         served.serve(tmp_path, CONFIG) as game,
         proxied(game, strips=True) as client,
         client.stream("GET", f"{PREFIX}/events") as stream,
