@@ -12,6 +12,7 @@ from condor_lite.prices.sources import LIVE
 from condor_lite.report.api import ENDPOINTS, PAGES
 from condor_lite.report.events import EVENTS
 from condor_lite.storage import exports
+from tests.test_hostile import FAILURES
 from tests.torture.faults import FAULTS
 
 ROOT = Path(__file__).parent.parent
@@ -70,3 +71,19 @@ def test_every_fault_of_the_torture_run_is_in_the_readme_and_the_other_way_round
     table = README.split("### Faults tried")[1].split("\n### ")[0]
     listed = re.findall(r"^\| (.*?) \| .* \|$", table, flags=re.MULTILINE)[2:]
     assert set(listed) == {fault.__doc__ for faults in FAULTS.values() for fault in faults}
+
+
+def test_every_reason_that_the_worst_models_get_is_in_the_readme() -> None:
+    table = README.split("### What a round says")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` (.*?) \|", table, flags=re.MULTILINE)
+    listed = [
+        (status, start) for status, told in rows for start in re.findall(r'"(.*?)[: ]*(?:\.\.\.)?"', told)
+    ]
+    assert len(listed) > 10
+    missing = [
+        told
+        for reasons in FAILURES.values()
+        for told in re.split(r"\|(?=TIMEOUT|FAILED)", reasons)
+        if not any(told.startswith(status) and start in told for status, start in listed)
+    ]
+    assert not missing
