@@ -16,6 +16,7 @@ import pytest
 
 from condor_lite import supervisor
 from condor_lite.game.density import Limits, decode
+from condor_lite.report import files
 from condor_lite.report.answers import moment
 from condor_lite.report.api import PAGES
 from condor_lite.report.files import FOREVER
@@ -400,6 +401,33 @@ def test_lengths_of_time_are_said_shortly(length_s: float, said: str, exact: str
     assert common.span(length_s) == said
     if exact is not None:
         assert common.duration(int(length_s)) == exact
+
+
+def test_an_upgrade_gives_no_new_address_to_what_the_running_game_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget() -> None:
+        files._read.cache_clear()
+        files._tag.cache_clear()
+        files.address.cache_clear()
+
+    (tmp_path / "x.js").write_text("old")
+    monkeypatch.setattr(files, "_ROOT", tmp_path)
+    forget()
+    try:
+        files.Files()
+        (tmp_path / "x.js").write_text("new")
+        running = files.address("x.js")
+        forget()
+        assert files.address("x.js") != running
+    finally:
+        forget()
+
+
+def test_an_upgrade_leaves_the_running_game_its_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = common._templates.get_template("about.html")
+    monkeypatch.setattr(template, "_uptodate", lambda: False)
+    assert common._templates.get_template("about.html") is template
 
 
 def test_numbers_are_written_for_people() -> None:

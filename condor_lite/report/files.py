@@ -46,11 +46,17 @@ class Files:
 
 
 @cache
+def _read(name: str) -> bytes:
+    """Once: an upgrade beside a running game must not give old content a new address."""
+    return (_ROOT / name).read_bytes()
+
+
+@cache
 def _tag(name: str) -> str:
-    return blake2b((_ROOT / name).read_bytes(), digest_size=6).hexdigest()
+    return blake2b(_read(name), digest_size=6).hexdigest()
 
 
 def _pack(name: str, cache_control: str | None = None) -> Reply:
     headers = {"cache-control": cache_control} if cache_control else None
     media_type = _TYPES[name.rpartition(".")[2]]
-    return pack((_ROOT / name).read_bytes(), _BRIEFLY_S, media_type=media_type, headers=headers)
+    return pack(_read(name), _BRIEFLY_S, media_type=media_type, headers=headers)

@@ -206,6 +206,7 @@ _templates = Environment(
     loader=PackageLoader("condor_lite.report"),
     autoescape=select_autoescape(default=True),
     undefined=StrictUndefined,
+    auto_reload=False,  # a game that runs while the program is upgraded keeps the templates of its own code
     trim_blocks=True,
     lstrip_blocks=True,
 )
