@@ -123,10 +123,13 @@ class _Writer:
 
 
 def configure(config: LogConfig, stream: TextIO | None = None) -> _Writer:
-    """Set structlog up for the process; the writer is to be closed at the end."""
+    """Set structlog up for the process, in place of what was; the writer is to be closed at the end."""
     writer = _Writer(stream if stream is not None else sys.stdout)
     writer.set_up(config)
-    logging.getLogger().addHandler(writer.libraries)
+    root = logging.getLogger()
+    for former in [handler for handler in root.handlers if isinstance(handler, _Libraries)]:
+        root.removeHandler(former)
+    root.addHandler(writer.libraries)
     logging.captureWarnings(True)
     return writer
 

@@ -73,7 +73,7 @@ def test_a_name_that_the_console_cannot_show_on_a_full_disk_does_not_end_the_log
 def test_what_libraries_complain_of_is_in_the_log_and_nowhere_else(
     style: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    stream = io.StringIO()
+    former, stream = logs.configure(LogConfig(), io.StringIO()), io.StringIO()
     writer = logs.configure(LogConfig(format=style), stream)
     for _ in range(3):
         logging.getLogger("asyncio").error("no descriptors are %s", "left", exc_info=OSError(24, "too many"))
@@ -83,6 +83,7 @@ def test_what_libraries_complain_of_is_in_the_log_and_nowhere_else(
         warnings.simplefilter("always")
         warnings.warn("this is old", stacklevel=1)
     writer.close(60)
+    former.close(60)
     logging.getLogger("asyncio").error("too late")
     said = stream.getvalue()
     assert said.count("library_complains") == 3
