@@ -276,8 +276,11 @@ class DisksFree:
         A disk that does not answer, as a network's may not, has what it had.
         """
         await asyncio.gather(*map(self._look, self._aside))
-        first = {disk: folder for folder, (disk, _) in reversed(self._found.items())}
-        return {folder: free for folder, (disk, free) in self._found.items() if first[disk] is folder}
+        free: dict[int, tuple[Path, int]] = {}
+        for folder in self._aside:
+            if found := self._found.get(folder):
+                free.setdefault(found[0], (folder, found[1]))
+        return dict(free.values())
 
     async def _look(self, folder: Path) -> None:
         try:

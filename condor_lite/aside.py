@@ -28,9 +28,10 @@ class Aside:
             if self._before is not None:
                 with contextlib.suppress(Exception):
                     await asyncio.wrap_future(self._before)
-            self._before = future = Future[T]()
+            future = Future[T]()
             future.set_running_or_notify_cancel()  # whoever waits may leave
             threading.Thread(target=_do, args=(work, future), name="aside", daemon=True).start()
+            self._before = future
             return await asyncio.wrap_future(future)
 
 

@@ -21,6 +21,7 @@ from condor_lite.models.runner import Connection, Outcome, Reply, tick_request
 from condor_lite.pacer import Throttle, Waker
 from condor_lite.prices.book import PriceBook, Prices, Times
 
+NO_TIME_LEFT = "no time was left to ask before the deadline"
 HISTORY_TIMEOUT_S = 120.0
 _HISTORY_TRIES = 3
 _HISTORY_PAUSE_S = 0.02  # between the sends of 5 MB each to two newcomers (20 at once hold the loop 123 ms)
@@ -65,7 +66,7 @@ class OpenRound:
     provisional: dict[int, Reply] = field(default_factory=dict)
     """Failures of the connection: what counts unless the model comes back and answers before the deadline."""
     reached: set[int] = field(default_factory=set)
-    """Whose call is under way or was: the others were busy with an earlier one all the time."""
+    """Whose call is under way or was: the others were busy with an earlier one, or the host was too slow."""
     refused: set[int] = field(default_factory=set)
     """Whose answer found no room to wait for the database."""
     unstored: int = 0
@@ -222,6 +223,8 @@ class Lane:
         self.connection = connection
         self.since_s = since_s
         self.fed = False
+        self.busy = False
+        """Whether a call is under way, or the model still at one that timed out."""
         self._floor = floor
         self._asks: deque[OpenRound] = deque(floor.open_rounds)
         self._wake = asyncio.Event()
@@ -353,12 +356,12 @@ class Lane:
             left_s = until_s - loop.time()
             if left_s <= 0:
                 floor.throttle.leave(number)
-                return Reply(
-                    Outcome.TIMEOUT, int(timeout_s * 1e6), "no time was left to ask before the deadline"
-                )
+                return Reply(Outcome.TIMEOUT, int(timeout_s * 1e6), NO_TIME_LEFT)
             if open_round is not None:
                 open_round.reached.add(self.participant.model.model_no)
+            self.busy = True
             reply = await self.connection.ask(request, left_s)
+            self.busy = reply.outcome is Outcome.BUSY
             floor.throttle.leave(number)
             if reply.outcome is Outcome.SETUP_MISSING:
                 floor.set_up_again(self.participant)

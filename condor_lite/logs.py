@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ _MAX_WAITING_LINES = 10_000
 _SAME_AGAIN_S = 60.0
 _MOST_REMEMBERED = 1000
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+_COUNTED = re.compile(r"0x[0-9a-f]+|\d+")  # what is another one each time: tasks, addresses, descriptors
 
 
 class _Libraries(logging.Handler):
@@ -34,15 +36,22 @@ class _Libraries(logging.Handler):
         self._again_s: dict[tuple[str, str], float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._tell(record)
+        except Exception:  # whoever logs goes on
+            self.handleError(record)
+
+    def _tell(self, record: logging.LogRecord) -> None:
         what = record.getMessage()
-        key, now_s = (record.name, what), time.monotonic()
+        key, now_s = (record.name, _COUNTED.sub("#", what)), time.monotonic()
         if now_s < self._again_s.get(key, now_s):
             return
         if len(self._again_s) >= _MOST_REMEMBERED:
             self._again_s.clear()
         self._again_s[key] = now_s + _SAME_AGAIN_S
+        level = min(record.levelno // 10 * 10, logging.CRITICAL)
         structlog.get_logger().log(
-            record.levelno, "library_complains", library=record.name, what=what, exc_info=record.exc_info
+            level, "library_complains", library=record.name, what=what, exc_info=record.exc_info
         )
 
 
@@ -52,15 +61,16 @@ class _Writer:
     def __init__(self, stream: TextIO) -> None:
         self.libraries = _Libraries()
         self._stream = stream
-        self._lines: queue.Queue[str | None] = queue.Queue(_MAX_WAITING_LINES)
+        # A finalizer may log wherever it runs, also within the putting of another line.
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._dropped = 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def write(self, text: str) -> None:
-        try:
-            self._lines.put_nowait(text)
-        except queue.Full:
+        if self._lines.qsize() < _MAX_WAITING_LINES:
+            self._lines.put(text)
+        else:
             self._dropped += 1
 
     def set_up(self, config: LogConfig) -> None:
@@ -97,10 +107,7 @@ class _Writer:
         """Write what waits, for at most `wait_s`."""
         logging.captureWarnings(False)
         logging.getLogger().removeHandler(self.libraries)
-        try:
-            self._lines.put_nowait(None)
-        except queue.Full:
-            return
+        self._lines.put(None)
         self._thread.join(wait_s)
 
     def _run(self) -> None:

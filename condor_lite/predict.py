@@ -21,7 +21,7 @@ from condor_lite.config import Config
 from condor_lite.game import schedule
 from condor_lite.game.answer import ENVELOPE_BYTES
 from condor_lite.game.entities import Answer, AnswerStatus, Model, ModelInfo, Round, RoundStatus, Setting
-from condor_lite.lanes import Floor, Lane, OpenRound, Participant, Ticks
+from condor_lite.lanes import NO_TIME_LEFT, Floor, Lane, OpenRound, Participant, Ticks
 from condor_lite.models.fleet import Fleet
 from condor_lite.models.runner import Connection, Outcome, Reply, predict_request
 from condor_lite.news import (
@@ -362,7 +362,8 @@ class PredictLoop:
         if known.lane is None:
             detail = "disconnected before it answered"
         elif model_no not in open_round.reached:
-            detail = "busy with an earlier call until the round's deadline"
+            busy = "busy with an earlier call until the round's deadline"
+            detail = busy if known.lane.busy else NO_TIME_LEFT
         waited_us = now_ms * 1000 - (open_round.round.performed_at_ms or now_ms) * 1000
         return Answer(
             round_no=open_round.round_no,
@@ -447,7 +448,8 @@ class PredictLoop:
     def _count(self, participant: Participant, status: AnswerStatus, *, reached: bool) -> None:
         """Move the model's counters; at the limit it is reported and disconnected.
 
-        A model that was still busy with an earlier call (not `reached`) is counted once a `predict.timeout`.
+        A model that was still busy with an earlier call (not `reached`) is counted once a `predict.timeout`;
+        one that was not, and that nobody called, not at all.
         """
         limits, now_s = self._config.predict, self._clock.now()
         if status is AnswerStatus.SUCCESS:
@@ -457,6 +459,8 @@ class PredictLoop:
             return
         if status is AnswerStatus.FAILED:
             participant.consecutive_failures += 1
+        elif not reached and participant.lane is not None and not participant.lane.busy:
+            return
         elif reached or self._clock.wall_s(now_s - participant.counted_at_s) >= limits.timeout_s:
             participant.consecutive_timeouts += 1
             participant.counted_at_s = now_s

@@ -19,7 +19,7 @@ from condor_lite.game.entities import Leaderboard
 from condor_lite.game.scoring import Rules, load_rule
 from condor_lite.news import ScoresCycled, Tell, ignore
 from condor_lite.pool import ScoringPool
-from condor_lite.scorer import Checked, Scorer, ignore_checked
+from condor_lite.scorer import Checked, PricesWait, Scorer, ignore_checked, no_prices_wait
 from condor_lite.storage import rescores, scores
 from condor_lite.storage.database import Database
 
@@ -54,6 +54,7 @@ class ScoreLoop:
         on_leaderboard: Callable[[Leaderboard], None],
         on_checked: Checked = ignore_checked,
         tell: Tell = ignore,
+        prices_wait: PricesWait = no_prices_wait,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -61,6 +62,7 @@ class ScoreLoop:
         self._on_leaderboard = on_leaderboard
         self._on_checked = on_checked
         self._tell = tell
+        self._prices_wait = prices_wait
         self._news = asyncio.Event()
         self._turn = asyncio.Lock()
         self._scorer: Scorer | None = None
@@ -170,6 +172,7 @@ class ScoreLoop:
             self._on_leaderboard,
             self._on_checked,
             self._tell,
+            self._prices_wait,
         )
 
     def _forget(self) -> None:

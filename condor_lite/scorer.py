@@ -39,7 +39,7 @@ log = structlog.get_logger()
 _Answers = tuple[Round, dict[int, bytes]]  # a round and its payloads by `model_no`, as they are stored
 
 _PAGE = 256  # rounds looked at together
-_GROUP_BYTES = 24 * 2**20  # answers in the pool at a time; as many are read, and as many stored, meanwhile
+_GROUP_BYTES = 24 * 2**20  # answers in the pool at a time; as many are read, made ready and stored meanwhile
 _ANSWER_BYTES = 4096  # what an answer counts as besides its payload: small ones are work, too
 
 
@@ -67,12 +67,20 @@ class _Scored:
     failures: dict[int, str]
 
 
+PricesWait = Callable[[], bool]
+"""Whether prices are at hand that the database lacks: until it has them, no round is settled."""
+
 Checked = Callable[[Set[int], Mapping[int, str]], None]
 """Called with the `model_no`s of a round's valid answers, and the reasons of its invalid ones."""
 
 
 def ignore_checked(valid: Set[int], invalid: Mapping[int, str]) -> None:
     """For scorers that nobody listens to."""
+
+
+def no_prices_wait() -> bool:
+    """For scorers of prices that are all stored."""
+    return False
 
 
 class Scorer:
@@ -89,6 +97,7 @@ class Scorer:
         on_leaderboard: Callable[[Leaderboard], None],
         on_checked: Checked = ignore_checked,
         tell: Tell = ignore,
+        prices_wait: PricesWait = no_prices_wait,
         *,
         again: bool = False,
     ) -> None:
@@ -102,6 +111,7 @@ class Scorer:
         self._version = version
         self._on_checked = on_checked
         self._tell = tell
+        self._prices_wait = prices_wait
         self._troubles = Troubles(clock)
         self.board = Board(config, clock, db, info, version, on_leaderboard)
 
@@ -207,6 +217,8 @@ class Scorer:
             seen.update(_no(round_) for round_ in new)
             new = await self._worth_a_try(new, done)
             unchecked = await self._db.read(repositories.not_validated, [_no(round_) for round_ in new])
+            if self._prices_wait():
+                return now_s + scoring.interval_s * self._clock.speed
             newest_s = await self._db.read(_newest_prices_s, {round_.asset for round_ in new})
             decisions = [
                 verdict(

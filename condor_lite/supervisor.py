@@ -182,7 +182,9 @@ class Game:
             vitals=self._vitals,
             news=news,
         )
-        self.score = ScoreLoop(config, clock, db, self._on_leaderboard, self._on_checked, news.tell)
+        self.score = ScoreLoop(
+            config, clock, db, self._on_leaderboard, self._on_checked, news.tell, self.feed.prices_wait
+        )
         self.predict = PredictLoop(
             config, clock, db, self.journal, self.feed, orchestrator_port, self._on_closed, news.tell
         )

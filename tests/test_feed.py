@@ -336,6 +336,7 @@ async def test_a_database_that_can_not_be_written_delays_no_tick_and_loses_no_po
             await clock.run_until(T + 600)
             assert feed.book.newest_s("BTC") == T + 600
             assert max(await stored(db, "BTC")) == T
+            assert feed.prices_wait()
             locked = False
     assert [entry["event"] for entry in logs] == ["prices_not_stored"]
     assert max(await stored(db, "BTC")) == T + 600

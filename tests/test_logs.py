@@ -95,6 +95,23 @@ def test_what_libraries_complain_of_is_in_the_log_and_nowhere_else(
     assert "descriptors" not in "".join(capfd.readouterr())
 
 
+def test_a_flood_that_differs_in_its_numbers_is_one_line_and_nothing_is_raised_into_a_library() -> None:
+    stream = io.StringIO()
+    writer = logs.configure(LogConfig(), stream)
+    library = logging.getLogger("library")
+    library.propagate, library.handlers = False, [writer.libraries]
+    for number in range(100):
+        library.warning("Task-%d at %s is gone", number, hex(number))
+    library.log(35, "between two levels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging, "raiseExceptions", False)
+        library.error("%d of %d", "one")
+    writer.close(60)
+    said = stream.getvalue()
+    assert said.count("Task-0 at 0x0 is gone") == said.count("is gone") == 1
+    assert "between two levels" in said
+
+
 def test_grpc_is_silent_from_the_start() -> None:
     script = """
 import os, sys

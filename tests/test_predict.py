@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -12,6 +13,7 @@ from model_runner_client.grpc.generated.dynamic_subclass_pb2 import CallRequest,
 
 from benchmarks import predict as measured
 from condor_lite.game.entities import RoundStatus
+from condor_lite.lanes import NO_TIME_LEFT
 from condor_lite.pacer import Throttle
 from tests import fleet
 from tests.fleet import ModelServer
@@ -225,6 +227,30 @@ async def test_a_model_that_is_busy_from_one_round_to_the_next_is_told_so(
     ):
         while not await game.db.read(lambda conn: conn.execute(busy).fetchone()[0]):
             await game.next_rounds(1)
+
+
+async def test_who_was_not_asked_in_time_as_the_host_was_slow_is_told_so_and_not_counted(
+    tmp_path: Path,
+) -> None:
+    class Crowded(Throttle):
+        async def enter(self, *, last: bool = False) -> int:
+            await asyncio.sleep(1.5)
+            return await super().enter(last=last)
+
+    async with staged(tmp_path, within("1s")) as stage:
+        await stage.join(ModelServer("unlucky"), ModelServer("good"), ModelServer("better"))
+        unlucky = stage.predict.participants["unlucky"]
+        assert unlucky.lane is not None
+        unlucky.lane._floor = replace(unlucky.lane._floor, throttle=Crowded(1, 1.0, 1))
+        await stage.play(60)
+        told = await stage.rows(
+            "SELECT detail FROM prediction JOIN model USING (model_no)"
+            " WHERE model_id = 'unlucky' AND status = 'TIMEOUT'"
+        )
+        assert len(told) > 3
+        assert set(told) == {(NO_TIME_LEFT,)}
+        assert not unlucky.consecutive_timeouts
+        assert not stage.orchestrator.reports
 
 
 async def test_an_instance_that_was_set_up_before_by_the_orchestrator_gets_the_history(

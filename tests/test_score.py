@@ -240,6 +240,21 @@ async def test_what_is_wrong_with_an_answer_is_told_before_the_round_is_resolved
     assert counted > 0
 
 
+async def test_no_round_is_void_while_its_prices_wait_for_the_database(tmp_path: Path) -> None:
+    waiting = True
+    async with playing(tmp_path, at_s=START_S + 3 * 3600) as game:
+        loop = ScoreLoop(
+            game.config, game.clock, game.db, game.leaderboards.append, prices_wait=lambda: waiting
+        )
+        await game.round(START_S)
+        await loop.finish()
+        assert await game.statuses() == [("closed", None)]
+        await game.prices(START_S, START_S + 120)
+        waiting = False
+        await loop.finish()
+        assert await game.statuses() == [("scored", None)]
+
+
 @pytest.mark.parametrize(
     ("prices_to_s", "void_after", "status"),
     [(120, "1h", "scored"), (20, "1h", "closed"), (20, "1m", "void"), (70, "1h", "void")],

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import anyio
 import grpc
@@ -28,6 +29,7 @@ from condor_lite import alarms, backup, supervisor
 from condor_lite import config as configuration
 from condor_lite import webhook as hooks
 from condor_lite.alarms import Book, Event
+from condor_lite.aside import Aside
 from condor_lite.clock import SteppedClock
 from condor_lite.config import WebhookConfig
 from condor_lite.errors import ConfigError
@@ -525,12 +527,31 @@ async def test_at_the_end_of_a_recording_nothing_is_called_fresh(
 
 
 async def test_each_disk_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = alarms._free
+
+    def late(folder: Path) -> tuple[int, int]:
+        time.sleep(0.2 if folder == tmp_path else 0.0)  # so that another folder on its disk is told of first
+        return free(folder)
+
     monkeypatch.setattr(alarms, "_LOOK_MOST_S", 60.0)
+    monkeypatch.setattr(alarms, "_free", late)
     (tmp_path / "backups").mkdir()
     folders = [tmp_path, tmp_path / "backups", Path("/proc"), tmp_path / "none"]
     looked_at = await alarms.DisksFree(folders).look()
     assert looked_at.keys() == {tmp_path, Path("/proc")}
     assert looked_at[tmp_path] > 0
+
+
+async def test_a_look_for_which_there_is_no_thread_does_not_end_all_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    aside = Aside(60.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError, match="new thread"):
+            await aside.run(lambda: 1)
+    with anyio.fail_after(30):
+        assert await aside.run(lambda: 2) == 2
 
 
 async def test_a_disk_that_does_not_answer_silences_nobody(

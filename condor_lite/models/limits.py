@@ -14,6 +14,7 @@ POLITENESS = 5  # added to the nice value: the game first, then the models, then
 
 _ADDRESS_SPACE = 4  # times the memory: libraries reserve much that they never use
 _MODELS_OF_ONE_USER = 64
+_OPEN_FILES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Limits:
         _limit(resource.RLIMIT_DATA, self.memory_bytes)
         _limit(resource.RLIMIT_AS, _ADDRESS_SPACE * self.memory_bytes)
         _limit(resource.RLIMIT_FSIZE, self.disk_bytes)
+        _limit(resource.RLIMIT_NOFILE, _OPEN_FILES)
         # In a sandbox the kernel counts the model alone; outside of it all that the user runs.
         room = self.processes if self.sandboxed else _threads_of_user() + _MODELS_OF_ONE_USER * self.processes
         _limit(resource.RLIMIT_NPROC, room)

@@ -128,6 +128,10 @@ class Feed:
             skew_s=line.supply.source.skew_s,
         )
 
+    def prices_wait(self) -> bool:
+        """Whether the database lacks prices that are at hand, as it could not be written."""
+        return self._saver.failing
+
     # -- life ------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:

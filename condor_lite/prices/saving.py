@@ -22,7 +22,7 @@ from condor_lite.storage.database import Database
 log = structlog.get_logger()
 
 _RETRY_FIRST_S = 1.0
-_RETRY_MOST_S = 60.0
+_RETRY_MOST_S = 5.0
 _MARGIN_S = 1.0  # what a correction may take to be on disk
 _NOT_STORED = (StorageError, sqlite3.Error, OSError)
 
@@ -54,6 +54,8 @@ class Saver:
         self._book = book
         self._settle_s = settle_s
         self._keep_s = keep_s
+        self.failing = False
+        """Whether points wait for a database that could not be written."""
         self._loose = 0
         self._new: list[Batch] = []
         self._revised: list[Correction] = []
@@ -92,14 +94,15 @@ class Saver:
                 if not told_s or time.monotonic() >= told_s + TELL_AGAIN_S:
                     told_s = time.monotonic()
                     log.error("prices_not_stored", error=str(error), waiting=self.waiting)
+                self.failing = True
                 self._pack()
                 self._to_save.set()
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _RETRY_MOST_S)
                 continue
-            if told_s:
+            if self.failing:
                 log.info("prices_stored_again")
-            pause_s, told_s = _RETRY_FIRST_S, 0.0
+            pause_s, told_s, self.failing = _RETRY_FIRST_S, 0.0, False
 
     async def save_last(self) -> None:
         """Store what is left; what can't be stored is fetched again by the next start."""
