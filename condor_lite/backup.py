@@ -35,6 +35,7 @@ _RETRY_S = 600.0
 _LOOK_S = 600.0
 _MOST_S = 3600.0  # one that takes longer hangs, and holds the write-ahead log
 _PATIENCE_S = 1.0
+_LEAVE_WITHIN_S = 4.0
 _ANSWER_WITHIN_S = 30.0  # the folder's disk
 _LEFT_AFTER_S = 3600.0  # a copy that nobody wrote to for so long is a killed process's
 
@@ -147,7 +148,7 @@ class Backups:
         finally:
             if process.returncode is None:
                 # On a disk that is gone nothing ends; what is left is deleted before the next copy.
-                with anyio.move_on_after(2 * _PATIENCE_S, shield=True):
+                with anyio.move_on_after(_LEAVE_WITHIN_S, shield=True):
                     await _end(process)
                     part = part_of(target, process.pid)
                     parts = part, part.with_name(f"{part.name}-journal")
