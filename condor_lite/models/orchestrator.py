@@ -186,7 +186,8 @@ class Orchestrator:
         readable = True
         while True:
             try:
-                found = await anyio.to_thread.run_sync(self._watch.scan)
+                # A network's disk that is gone never answers, and must not hold up the end.
+                found = await anyio.to_thread.run_sync(self._watch.scan, abandon_on_cancel=True)
             except OSError as error:
                 if readable:
                     log.warning("models_folder_unreadable", path=error.filename, error=error.strerror)
