@@ -6,6 +6,7 @@ Everything else only reads or writes new files; what changes a running game asks
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from pathlib import Path
@@ -209,7 +210,9 @@ def main(argv: list[str]) -> int:
         if arguments.verb in (None, "run"):
             return _run(arguments)
         stopping.restore()
-        return _VERBS[arguments.verb](arguments)
+        code = _VERBS[arguments.verb](arguments)
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         _complain("the configuration can't be used:", *(f"  {problem}" for problem in error.problems))
     except CondorError as error:
@@ -217,9 +220,19 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say_no_more()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _say_no_more()
+        _complain(f"{error.strerror}: make room, or have the output go elsewhere")
     return EXIT_BAD_START
+
+
+def _say_no_more() -> None:
+    """What is still in the buffer would fail once more at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(*lines: str) -> None:

@@ -293,6 +293,20 @@ def test_a_full_disk_is_named(read: Callable[..., Config], monkeypatch: pytest.M
     assert "only 2 MiB are free" in problem
 
 
+def test_a_console_on_a_full_disk_is_named_and_no_traceback(tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "condor_lite", "check"],
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "condor-lite: No space left on device: make room, or have the output go elsewhere\n"
+
+
 def test_an_old_sqlite_is_named(read: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     real = checking.require_sqlite
     monkeypatch.setattr(checking, "require_sqlite", lambda: real((3, 36, 0)))
