@@ -62,6 +62,9 @@ horizon = "10m"
 step = "1m"
 interval = "2m"
 
+[predict]
+max_consecutive_timeouts = 1000000
+
 [feed]
 source = "replay"
 path = "prices"
@@ -89,15 +92,15 @@ def replaying(folder: Path) -> None:
         record(folder / "prices", asset, zip(ends_s, prices, strict=True))
 
 
-_PORTS = 2_000  # of each process that runs tests
-_given = deque[int](maxlen=100)
-
-
 def cut_short(folder: Path, last_s: int) -> None:
     """Let the recorded prices end at this time."""
     for path in (folder / "prices").iterdir():
         header, *rows = path.read_text().splitlines(keepends=True)
         path.write_text("".join([header, *(row for row in rows if int(row.split(",")[0]) <= last_s)]))
+
+
+_PORTS = 2_000  # of each process that runs tests
+_given = deque[int](maxlen=100)
 
 
 def free_port() -> int:

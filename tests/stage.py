@@ -24,9 +24,9 @@ from condor_lite.prices.sources import make_sources
 from condor_lite.storage.database import Database
 from condor_lite.storage.journal import Journal
 from tests.fleet import ModelServer, Orchestrator
+from tests.program import LIMIT_S
 
 START_S = 1_700_002_800  # a full hour
-_LONGEST_WAIT_S = 120.0  # for what takes a moment on a machine that has nothing else to do
 
 CONFIG = """
 [[game.settings]]
@@ -51,7 +51,9 @@ mode = "remote"
 
 def within(limit: str, text: str = CONFIG) -> str:
     """The config with another `predict.timeout`: a short one where somebody is to be late."""
-    return text.replace('timeout = "5s"', f'timeout = "{limit}"')
+    changed = text.replace('timeout = "5s"', f'timeout = "{limit}"')
+    assert changed != text, f"it has no predict.timeout to be {limit}"
+    return changed
 
 
 def load(folder: Path, text: str = CONFIG, **environ: str) -> Config:
@@ -62,10 +64,10 @@ def load(folder: Path, text: str = CONFIG, **environ: str) -> Config:
 
 async def until(happened: Callable[[], Any], what: Callable[[], object] = lambda: None) -> None:
     """Wait for something outside of the game's time; `what()` tells where it stands if it never comes."""
-    until_s = time.monotonic() + _LONGEST_WAIT_S
+    until_s = time.monotonic() + LIMIT_S
     while not happened():
         if time.monotonic() > until_s:
-            raise TimeoutError(f"it did not happen in {_LONGEST_WAIT_S:.0f} s: {what()}")
+            raise TimeoutError(f"it did not happen in {LIMIT_S:.0f} s: {what()}")
         await asyncio.sleep(0.005)
 
 

@@ -43,7 +43,7 @@ from condor_lite.report.replies import JSON, encode_rows
 from condor_lite.storage import database, repositories
 from condor_lite.storage.compression import compress
 from condor_lite.storage.database import open_read_only
-from tests.program import free_port
+from tests.program import LIMIT_S, free_port
 from tests.rules import GUILTY
 from tests.served import (
     ALPHA,
@@ -526,7 +526,7 @@ async def test_models_are_known_before_the_first_leaderboard_and_when_they_join(
     await fresh.db.write(repositories.upsert_model, NEW, START_S)
     fresh.connected.add("new")
 
-    async with asyncio.timeout(120):  # who is connected is looked at now and then
+    async with asyncio.timeout(LIMIT_S):  # who is connected is looked at now and then
         while len(rows := await fresh.get("/reports/models")) < 2:
             pass
     assert [row["model_id"] for row in rows] == ["1", "new"]

@@ -31,7 +31,7 @@ from condor_lite.storage.connection import APPLICATION_ID
 from condor_lite.storage.database import Database, open_read_only
 from tests.fleet import ModelServer
 from tests.games import REMOTE, as_wide_as, joined, orchestrated, settle, window_scores
-from tests.program import verb
+from tests.program import LIMIT_S, verb
 from tests.stage import START_S, load, until
 
 pytestmark = pytest.mark.anyio
@@ -557,8 +557,9 @@ async def test_a_folder_that_does_not_answer_is_a_failure_and_is_tried_again(
         assert "does not answer" in (backups.state.failure or "")
         monkeypatch.setattr(backups._at_the_folder, "_limit_s", 60.0)
         there.set()
-        while backups.state.failure:
-            await clock.run_until(clock.now() + 600)
+        with anyio.fail_after(LIMIT_S):
+            while backups.state.failure:
+                await clock.run_until(clock.now() + 600)
         assert len(files(folder)) == 1
 
 

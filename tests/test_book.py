@@ -76,7 +76,7 @@ def test_what_was_read_stays_as_it_was() -> None:
         max_size=6,
     )
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_book_is_a_sorted_dictionary_that_never_changes_its_mind(
     batches: list[list[tuple[int, float]]],
 ) -> None:
@@ -120,7 +120,7 @@ def test_what_is_outside_of_the_range_is_left_out() -> None:
     st.sampled_from([1, 7, 60, 300]),
     st.integers(0, 5000),
 )
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_a_point_on_the_grid_is_the_last_known_price(
     points: dict[int, float], step_s: int, after_s: int
 ) -> None:

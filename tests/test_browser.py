@@ -37,6 +37,8 @@ from tests.prices import record, wild_walk
 from tests.program import Program, program
 from tests.served import ALPHA, EVIL, NOW_S, OPEN_ROUND, Game, play, serve
 
+pytestmark = pytest.mark.timeout(1200)  # the game of all of them comes into being in the first one's time
+
 START_S = 1_700_000_400
 LIMIT_MS = 100_000  # what comes by itself comes within seconds; this is for a machine with much to do
 
@@ -57,6 +59,9 @@ assets = ["BTC"]
 horizon = "1h"
 step = "10m"
 interval = "20m"
+
+[predict]
+max_consecutive_timeouts = 1000000
 
 [feed]
 source = "replay"

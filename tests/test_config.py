@@ -162,14 +162,14 @@ def test_whatever_is_named_config_toml_is_found(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 3650 * 86400))
-@hypothesis_settings(deadline=None, max_examples=50)
+@hypothesis_settings(max_examples=50)
 def test_durations_survive_being_shown(seconds: int) -> None:
     assert read_duration(shown_duration(seconds)) == seconds == read_duration(seconds)
 
 
 @example("5\u00a0s")
 @given(st.text(max_size=8) | st.floats() | st.booleans() | st.none() | st.lists(st.integers(), max_size=2))
-@hypothesis_settings(deadline=None, max_examples=100)
+@hypothesis_settings(max_examples=100)
 def test_whatever_is_no_duration_is_refused(value: object) -> None:
     try:
         assert read_duration(value) >= 1

@@ -22,6 +22,7 @@ from condor_lite.report import connections, server
 from condor_lite.report.connections import SECURITY_HEADERS
 from condor_lite.report.replies import Reply, respond
 from condor_lite.report.sending import Sending
+from tests.program import LIMIT_S
 from tests.stage import until
 
 pytestmark = pytest.mark.anyio
@@ -85,7 +86,7 @@ class Client:
         self.writer.write(data)
 
     async def answer(self) -> tuple[int, dict[str, str], bytes]:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(LIMIT_S):
             head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
             headers = dict(line.split(": ", 1) for line in head[1:] if line)
             body = await self.reader.readexactly(int(headers["content-length"]))
@@ -102,7 +103,7 @@ class Client:
         return status, said["detail"]
 
     async def ended(self) -> bool:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(LIMIT_S):
             try:
                 return await self.reader.read() == b""
             except ConnectionError:
@@ -358,13 +359,15 @@ def behind(made: server.Server) -> int:
 
 async def test_without_descriptors_visitors_wait_and_it_is_said_a_few_times(served: server.Server) -> None:
     told: list[dict[str, object]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, what: told.append(what))
     visitors = [socket.create_connection(("127.0.0.1", served.port), 30) for _ in range(2)]
     late = [socket.socket() for _ in range(50)]
     await until(lambda: len(served.connections) == len(visitors))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)
     os.close(free)
+    loop = asyncio.get_running_loop()
+    handler = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, what: told.append(what))
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
         for visitor in late:
@@ -373,6 +376,7 @@ async def test_without_descriptors_visitors_wait_and_it_is_said_a_few_times(serv
         await until(lambda: told)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        loop.set_exception_handler(handler)
     assert len(told) < 100
     await until(lambda: len(served.connections) == len(visitors) + len(late))
     for visitor in (*visitors, *late):

@@ -404,13 +404,13 @@ def finds_only_clean_rejections(payload: bytes) -> None:
     assert ((densities.scale >= 1e-9) & (densities.scale <= 1e9)).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.one_of(trees, st.dictionaries(st.text(max_size=3), numbers, max_size=3)))
 def test_fuzzed_densities_are_sound_or_rejected(tree: Any) -> None:
     finds_only_clean_rejections(json.dumps([tree]).encode())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=60))
 def test_fuzzed_bytes_are_rejected(data: bytes) -> None:
     finds_only_clean_rejections(data)
@@ -421,7 +421,7 @@ VALID = json.dumps(
 ).encode()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_mutated_answers_are_sound_or_rejected(changes: list[tuple[int, int]]) -> None:
     mutated = bytearray(VALID)
@@ -430,7 +430,7 @@ def test_mutated_answers_are_sound_or_rejected(changes: list[tuple[int, int]]) -
     finds_only_clean_rejections(bytes(mutated))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

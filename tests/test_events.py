@@ -30,6 +30,7 @@ from condor_lite.report.stream import Stream, Subscription
 from condor_lite.supervisor import playing
 from tests.games import ready, settle
 from tests.pages import page
+from tests.program import LIMIT_S
 from tests.served import START_S, Game, serve
 from tests.stage import until
 from tests.test_whole_game import BUNDLED, SETTINGS
@@ -60,7 +61,7 @@ class Reader:
 
     async def block(self) -> dict[str, str]:
         """The next lines up to an empty one, by field; a comment is the field ""."""
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(LIMIT_S):
             while b"\n\n" not in self._buffer:
                 self._buffer += await anext(self._chunks)
         text, self._buffer = self._buffer.split(b"\n\n", 1)
@@ -70,7 +71,7 @@ class Reader:
         return found
 
     async def event(self) -> Event:
-        async with asyncio.timeout(120):  # a stream without events goes on with comments
+        async with asyncio.timeout(LIMIT_S):  # a stream without events goes on with comments
             while "data" not in (found := await self.block()):
                 pass
         data = orjson.loads(found["data"])
@@ -82,7 +83,7 @@ class Reader:
         return [(await self.event())[1] for _ in range(count)]
 
     async def ended(self) -> bool:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(LIMIT_S):
             async for _ in self._chunks:
                 pass
         return True
@@ -95,7 +96,7 @@ async def reading(
     transport = httpx.AsyncHTTPTransport(local_address=address)
     headers = {"last-event-id": last_event_id} if last_event_id is not None else {}
     async with (
-        httpx.AsyncClient(base_url=url, timeout=120, transport=transport) as client,
+        httpx.AsyncClient(base_url=url, timeout=LIMIT_S, transport=transport) as client,
         client.stream("GET", "/events", headers=headers, params=query) as response,
     ):
         assert response.status_code == 200
@@ -230,7 +231,7 @@ async def test_a_reader_that_never_reads_loses_events_and_hurts_nobody(game: Gam
             assert len(await reader.names(streams._KEPT - 1)) == streams._KEPT - 1
     got = b""
     while b"event: reset" not in got:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(LIMIT_S):
             part = await loop.sock_recv(deaf, 65536)
         assert part, "it was cut off"
         got += part
@@ -268,7 +269,7 @@ async def test_the_address_with_most_streams_makes_room_for_another(
         async with (
             reading(url, address="127.0.0.2") as other,
             httpx.AsyncClient(
-                base_url=url, timeout=120, transport=httpx.AsyncHTTPTransport(local_address="127.0.0.2")
+                base_url=url, timeout=LIMIT_S, transport=httpx.AsyncHTTPTransport(local_address="127.0.0.2")
             ) as client,
         ):
             assert await oldest.ended()

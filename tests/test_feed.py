@@ -369,7 +369,7 @@ async def test_prices_that_wait_for_days_take_little_room_and_are_not_lost(
                     await clock.run_until(ts_s)
                     for _ in range(2):  # the first one may have begun before
                         refused.clear()
-                        await refused.wait()
+                        await asyncio.wait_for(refused.wait(), 120)
             assert saver.waiting < keep_s / 60 + 5000
             full = False
             with anyio.fail_after(120):

@@ -350,7 +350,7 @@ def comes_to_a_score_or_a_reason(body: bytes) -> None:
     assert sums[0, :20].sum() == pytest.approx(1.0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trees)
 def test_whatever_is_accepted_can_be_scored(tree: Any) -> None:
     comes_to_a_score_or_a_reason(json.dumps([tree]).encode())
@@ -383,7 +383,7 @@ SNIPPETS = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.tuples(

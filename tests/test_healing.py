@@ -189,14 +189,19 @@ async def slow_to_open(port: int, opens_in_s: float) -> AsyncIterator[int]:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(opens_in_s)
-        with contextlib.suppress(OSError):
+        try:
             inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
-            for ends in ((reader, inner_writer), (inner_reader, writer)):
-                tasks.add(asyncio.create_task(carry(*ends)))
+        except OSError:
+            writer.close()
+            return
+        for ends in ((reader, inner_writer), (inner_reader, writer)):
+            tasks.add(asyncio.create_task(carry(*ends)))
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        yield server.sockets[0].getsockname()[1]
-        await asyncio.gather(*tasks)
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            await asyncio.gather(*tasks)
 
 
 async def test_a_model_at_the_end_of_a_line_that_opens_slowly_is_connected(tmp_path: Path) -> None:
@@ -263,9 +268,13 @@ def _patience_ms(port: int) -> list[int]:
     """For how long each of this process's connections to `port` waits for the network."""
     found = []
     for file in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(file.name))) as connection:
-            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername()[1] == port:
-                found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        with contextlib.suppress(OSError):
+            if not str(file.readlink()).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(file.name))) as connection:
+                inet = connection.family in (socket.AF_INET, socket.AF_INET6)
+                if inet and connection.getpeername()[1] == port:
+                    found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
     return found
 
 

@@ -385,7 +385,7 @@ def test_patience_grows():
     assert [patience.quarantine(n) for n in (1, 2, 5, 6, 99)] == [3600, 7200, 57600, 86400, 86400]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers(0, 9) | st.text(),

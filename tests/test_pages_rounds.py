@@ -18,6 +18,7 @@ from condor_lite.report import context as contexts
 from condor_lite.report.pages import round as round_page
 from condor_lite.report.recount import Recount
 from tests.pages import blocks, links_lead_somewhere, page, text
+from tests.program import LIMIT_S
 from tests.served import BTC_ROUND, CLOSED_ROUND, EVIL, OPEN_ROUND, START_S, VOID_ROUND, play, serve
 
 
@@ -189,7 +190,8 @@ async def test_where_too_many_fans_are_asked_for_the_page_comes_without(
     async with serve(tmp_path) as game, anyio.create_task_group() as tasks:
         await play(game)
         tasks.start_soon(partial(page, game, f"/rounds/{BTC_ROUND}", model="1"))
-        await begun.wait()
+        with anyio.fail_after(LIMIT_S):
+            await begun.wait()
         html = await page(game, f"/rounds/{BTC_ROUND}", model="bench")
         free.set()
         assert "no fan: too many are asked for just now" in text(html)

@@ -19,6 +19,7 @@ from tests import fleet
 from tests.fleet import ModelServer
 from tests.fleet.model import Behaviour, Wire
 from tests.fleet.process import FleetProcess
+from tests.program import LIMIT_S
 from tests.stage import CONFIG, START_S, staged, until, within
 
 pytestmark = pytest.mark.anyio
@@ -147,7 +148,7 @@ async def test_when_most_models_time_out_together_the_round_is_void_and_no_count
 
 
 async def test_models_that_stay_silent_together_are_given_up_and_void_no_more_rounds(tmp_path: Path) -> None:
-    async with staged(tmp_path, within("2s")) as stage:
+    async with staged(tmp_path, within("4s")) as stage:
         good = ModelServer("good")
         await stage.join(good, ModelServer("h1", fleet.hangs), ModelServer("h2", fleet.hangs))
         await stage.play(100)
@@ -176,7 +177,7 @@ async def test_one_good_answer_clears_the_counters(
 
     monkeypatch.setattr(Throttle, "enter", noted)
     model = ModelServer("moody", moody)
-    async with staged(tmp_path, CONFIG.replace('timeout = "2s"', 'timeout = "10s"')) as stage:
+    async with staged(tmp_path, within("10s")) as stage:
         await stage.join(model, *(ModelServer(f"good-{number}") for number in range(2)))
         known, failed = stage.predict.participants["moody"], []
         while len(model.predicts) < 9 and not stage.orchestrator.reports:
@@ -204,7 +205,7 @@ async def test_who_enters_last_waits_for_the_others_but_not_for_ever() -> None:
 
 async def test_a_model_that_is_stuck_on_one_call_is_given_up(tmp_path: Path) -> None:
     stuck = ModelServer("stuck", fleet.BEHAVIOURS["deaf"])
-    async with staged(tmp_path, within("2s")) as stage:
+    async with staged(tmp_path, within("4s")) as stage:
         await stage.join(stuck, ModelServer("good"))
         await stage.play(60)
         await until(lambda: stage.orchestrator.reports)
@@ -223,7 +224,7 @@ async def test_a_model_that_is_busy_from_one_round_to_the_next_is_told_so(
     async with (
         FleetProcess(4, {"deaf": 1}) as models,
         measured.playing(models.port) as game,
-        asyncio.timeout(120),
+        asyncio.timeout(LIMIT_S),
     ):
         while not await game.db.read(lambda conn: conn.execute(busy).fetchone()[0]):
             await game.next_rounds(1)
@@ -311,7 +312,7 @@ async def test_a_model_that_only_takes_its_history_is_not_given_it_without_end(
     monkeypatch.setattr("condor_lite.models.fleet._SETUP_PAUSE_S", 0.01)
     model = ModelServer("a", forgets)
     config = CONFIG.replace("max_consecutive_failures = 3", "max_consecutive_failures = 1000")
-    async with staged(tmp_path, config) as stage, asyncio.timeout(120):
+    async with staged(tmp_path, config) as stage, asyncio.timeout(LIMIT_S):
         await stage.join(model)
         while not stage.orchestrator.reports:
             await stage.play(5)

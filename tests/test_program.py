@@ -24,6 +24,10 @@ def scored_models(run: Program) -> list[dict[str, Any]]:
     return [row for row in run.get("/leaderboard")["models"] if row["score"] is not None]
 
 
+def statuses(run: Program) -> dict[str, str]:
+    return {row["model_id"]: row["status"] for row in run.get("/reports/leaderboard")}
+
+
 @pytest.fixture
 def challenge(tmp_path: Path) -> Path:
     (tmp_path / "config.toml").write_text(DEMO)
@@ -34,8 +38,7 @@ def test_a_game_plays_stops_cleanly_and_goes_on_where_it_was(challenge: Path) ->
     with program(challenge) as first:
         first.until(lambda: first.get("/statistics")["total_predictions"])
         scores = first.until(lambda: scored_models(first))
-        first.until(lambda: {row["model_id"] for row in first.get("/reports/leaderboard")} == BUNDLED)
-        assert {row["status"] for row in first.get("/reports/leaderboard")} == {"RUNNING"}
+        first.until(lambda: statuses(first) == dict.fromkeys(BUNDLED, "RUNNING"))
         detail = first.get(f"/model/{scores[0]['model_id']}/metrics")
         assert detail["overall_scores"]["recent_24h"] is not None
         scored = first.get("/rounds?status=scored")[-1]

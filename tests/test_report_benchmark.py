@@ -16,6 +16,7 @@ from condor_lite.report import context as contexts
 from condor_lite.report.context import Context
 from condor_lite.storage import queries
 from condor_lite.storage.database import Database
+from tests.program import LIMIT_S
 from tests.served import serve
 from tests.test_queries import Watched
 
@@ -56,7 +57,7 @@ async def test_a_models_month_is_found_by_its_own_index(tmp_path: Path) -> None:
 
 async def test_the_client_counts_answers_of_all_kinds(tmp_path: Path) -> None:
     end_s = START_S + 30 * DAY_S
-    async with reporting(tmp_path, board(5, end_s), end_s) as (url, _):
+    async with reporting(tmp_path, board(5, end_s), end_s) as (url, _), asyncio.timeout(LIMIT_S):
         port = int(url.rpartition(":")[2])
         for_s = 0.2
         while True:

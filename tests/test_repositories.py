@@ -232,7 +232,7 @@ def test_a_models_first_answer_in_a_round_stands(conn: sqlite3.Connection) -> No
     assert repositories.payloads(conn, round_no) == {a: compress(b'[{"type": "norm"}]')}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     sent=st.lists(
         st.tuples(

@@ -8,6 +8,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
@@ -24,7 +25,7 @@ from condor_lite.rescore import Progress, RescoreError, Rescorer, read_since
 from condor_lite.score import configured_rules
 from condor_lite.storage import rescores
 from condor_lite.storage.database import open_read_only
-from tests.program import database, program, verb
+from tests.program import LIMIT_S, database, program, verb
 from tests.test_models_verb import GAME, MODEL
 from tests.test_score import CONFIG, SPREADS, START_S, Game, overall, playing
 
@@ -528,12 +529,17 @@ async def test_killed_it_leaves_whole_rounds_and_is_resumed(tmp_path: Path) -> N
             await game.db.write(lambda conn, sql: conn.execute(sql).rowcount, statement)
     command = [sys.executable, "-m", "condor_lite", "rescore"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as run:  # noqa: ASYNC220
-        with closing(sqlite3.connect(path)) as db:
-            part = 0
-            while not part:
-                assert run.poll() is None
-                (part,) = db.execute("SELECT count(*) FROM round_score WHERE scorer_version = 2").fetchone()
-        run.kill()
+        try:
+            with closing(sqlite3.connect(path)) as db:
+                part, until_s = 0, time.monotonic() + LIMIT_S
+                while not part:
+                    assert run.poll() is None
+                    assert time.monotonic() < until_s, "nothing is stored"
+                    (part,) = db.execute(
+                        "SELECT count(*) FROM round_score WHERE scorer_version = 2"
+                    ).fetchone()
+        finally:
+            run.kill()
     with closing(sqlite3.connect(path)) as db:
         db.executescript("DROP TRIGGER stuck; DROP VIEW for_ever")
         assert db.execute("SELECT published FROM scorer ORDER BY 1").fetchall() == [(0,), (1,)]

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from condor_lite.game.entities import RoundScores, RuleInfo, VoidRound
@@ -112,7 +112,6 @@ def test_where_higher_is_better_the_raw_score_enters_negative():
     assert scores.models[4].counted == pytest.approx(np.quantile([1.0, 2.0, 5.0], 0.1))
 
 
-@settings(deadline=None)
 @given(RAW, st.floats(1e-6, 1e6))
 def test_scores_keep_the_order_and_no_rival_changes_a_difference(raw, no_move):
     scores = scored(raw, no_move=no_move)
@@ -125,7 +124,6 @@ def test_scores_keep_the_order_and_no_rival_changes_a_difference(raw, no_move):
             assert (one.raw <= other.raw) <= (one.score >= other.score)
 
 
-@settings(deadline=None)
 @given(RAW, st.floats(1e-6, 1e6), st.floats(1e-3, 1e3))
 def test_a_change_of_the_price_unit_changes_no_score(raw, no_move, factor):
     scaled = {no: None if value is None else value * factor for no, value in raw.items()}

@@ -8,7 +8,7 @@ from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from condor_lite.game.entities import Setting
@@ -32,7 +32,6 @@ def test_offsets_are_rounded_down_to_the_tick():
     assert [bit_reversal_offset_s(place, 720, 60) for place in range(5)] == [0, 360, 180, 540, 60]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 90_000), st.integers(1, 3600))
 def test_an_offset_is_a_tick_inside_the_interval(place, interval_s, tick_s):
     offset_s = bit_reversal_offset_s(place, interval_s, tick_s)
@@ -62,7 +61,6 @@ def test_a_setting_that_is_no_longer_asked_is_never_due():
     assert due(Setting("BTC", 3600, 60), 0, 1e9) == []
 
 
-@settings(deadline=None)
 @given(GRIDS, TIMES, st.floats(0, 1e6), st.floats(0, 1))
 def test_no_round_is_lost_or_repeated_wherever_the_time_is_cut(setting, after_s, length_s, cut):
     until_s = after_s + length_s
@@ -74,7 +72,6 @@ def test_no_round_is_lost_or_repeated_wherever_the_time_is_cut(setting, after_s,
     assert abs(len(whole) - length_s / setting.interval_s) <= 1
 
 
-@settings(deadline=None)
 @given(st.lists(GRIDS, min_size=1, max_size=5), TIMES)
 def test_the_next_time_is_the_first_that_any_setting_is_due(grids, after_s):
     next_s = next_due(grids, after_s)

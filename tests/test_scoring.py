@@ -171,7 +171,7 @@ def test_known_answers() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_alone_is_right_by_its_definition(name: str) -> None:
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     @given(any_leaf([name], spread=4.0), st.sampled_from([1e-4, 0.3, 0.5, 0.9, 0.9999]))
     def agrees(leaf: Leaf, level: float) -> None:
         x = place_in(leaf, level)
@@ -182,7 +182,7 @@ def test_a_family_alone_is_right_by_its_definition(name: str) -> None:
     agrees()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(st.floats(0.001, 1.0), any_leaf([*NAMES, "point"], spread=3.0)), min_size=2, max_size=4
@@ -301,7 +301,7 @@ def test_t_with_few_degrees_of_freedom(df: float) -> None:
 # --- properties ----------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(any_leaf([*NAMES, "point"]), min_size=1, max_size=3),
     st.floats(-5, 5),
@@ -697,7 +697,7 @@ def test_no_prices_make_a_round_void_and_not_a_crash() -> None:
 
 
 @given(st.lists(st.floats(0.5, 2.0), min_size=6, max_size=6), st.floats(1e-5, 1e5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_log_returns_do_not_depend_on_the_level_of_prices(prices: list[float], level: float) -> None:
     base = realise(series(*((60 * k, p) for k, p in enumerate(prices))), MINUTES, T0, 60, "log_return")
     other = realise(

@@ -7,7 +7,7 @@ import gc
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
@@ -56,8 +56,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _leave_nothing_to_later_tests() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+async def _leave_nothing_to_later_tests(anyio_backend: str) -> AsyncIterator[None]:
+    """While the loop lives: what is found later can't be closed any more."""
     yield
     gc.collect()
 
@@ -359,7 +360,7 @@ async def test_metadata_is_checked_on_every_call(tmp_path: Path) -> None:
 async def test_a_late_or_lost_answer_is_not_taken_for_a_forged_one(tmp_path: Path) -> None:
     write_credentials(tmp_path)
     slow, lost = secure_model("slow"), secure_model("lost")
-    async with staged(tmp_path, within("1s", SECURE)) as stage:
+    async with staged(tmp_path, within("4s", SECURE)) as stage:
         await stage.join(slow, lost, *(secure_model(f"good{number}") for number in range(2)))
         await stage.play(12)
         slow.behaviour, slow.metadata = fleet.hangs, ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -36,6 +37,16 @@ def test_a_signal_in_the_last_moment_does_not_change_the_exit_code(name: str) ->
     assert done.returncode == 1, done.stderr
 
 
+def to_its_reader(fifo: Path) -> int | None:
+    """A descriptor to write by, None as long as nobody reads."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
+
+
 def test_a_disk_that_hangs_holds_up_no_orderly_end(tmp_path: Path) -> None:
     replaying(tmp_path)
     with program(tmp_path) as run:
@@ -44,6 +55,6 @@ def test_a_disk_that_hangs_holds_up_no_orderly_end(tmp_path: Path) -> None:
         config.unlink()
         os.mkfifo(config)
         run.process.send_signal(signal.SIGHUP)
-        with config.open("wb"):  # open once it is read, and then no byte comes
+        with os.fdopen(run.until(lambda: to_its_reader(config)), "wb"):  # and no byte comes
             assert run.end() == 0
     assert "stored=everything" in run.console.read_text()

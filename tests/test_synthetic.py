@@ -47,7 +47,7 @@ def test_every_tick_has_a_point_and_the_range_is_half_open() -> None:
     step_s=st.sampled_from([1, 5, 10, 30, 60, 300, 3600]),
     random_state=st.randoms(use_true_random=False),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_the_same_seed_gives_the_same_path_whenever_it_is_asked(
     after_s: int, length_s: int, step_s: int, random_state: random.Random
 ) -> None:

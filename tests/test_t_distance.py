@@ -19,7 +19,7 @@ def closed_form(z: np.ndarray, df: float) -> np.ndarray:
 
 
 @given(df=st.floats(2, 12) | st.floats(2, 1e9))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_the_table_says_what_the_closed_form_says(df: float) -> None:
     found = t_distances(PLACES[None], np.array([df]))[0]
     np.testing.assert_allclose(found, closed_form(PLACES, df), rtol=2e-9)

@@ -65,7 +65,7 @@ def test_returns_over_a_gap_are_scaled_to_the_step():
     assert store.returns("BTC", 10)[0] == pytest.approx(math.sqrt(10 / 60))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 500), st.floats(0.5, 2.0)), max_size=8), max_size=8))
 def test_any_order_of_points_gives_the_sorted_series(ticks):
     store, expected = PriceStore(), {}

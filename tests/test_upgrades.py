@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from condor_lite.errors import StorageError
@@ -110,7 +110,6 @@ def test_payloads_are_read_as_they_were_sent(size: int) -> None:
         assert compression.whole_bytes(body) == size
 
 
-@settings(deadline=None)
 @given(
     parts=st.lists(
         st.one_of(

@@ -38,6 +38,7 @@ from condor_lite.supervisor import playing
 from condor_lite.webhook import Webhook
 from tests.fleet import ModelServer, Orchestrator
 from tests.fleet.model import DONE, Abort, Wire
+from tests.program import LIMIT_S
 from tests.served import serve
 from tests.stage import until
 
@@ -568,14 +569,16 @@ async def test_a_disk_that_does_not_answer_silences_nobody(
     monkeypatch.setattr(shutil, "disk_usage", looked)
     monkeypatch.setattr(alarms, "_LOOK_MOST_S", 0.5)
     disks = alarms.DisksFree([dead, tmp_path])
-    while tmp_path not in (found := await disks.look()):  # that takes longer on a very busy machine
-        pass
+    with anyio.fail_after(LIMIT_S):
+        while tmp_path not in (found := await disks.look()):  # that takes longer on a very busy machine
+            pass
     assert dead not in found
     await disks.look()
     assert len(looks) == 1, "one thread waits for it, and no second one"
     there.set()
-    while dead not in await disks.look():
-        pass
+    with anyio.fail_after(LIMIT_S):
+        while dead not in await disks.look():
+            pass
 
 
 # The configuration

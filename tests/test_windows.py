@@ -234,7 +234,7 @@ def test_an_empty_game_has_a_leaderboard():
 # Incremental, rebuilt and by definition
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(HISTORIES, st.sampled_from([CRPS, LOG, LIKELIHOOD]), st.randoms(use_true_random=False))
 def test_incremental_rebuilt_and_defined_scores_agree(history, info, random):
     rounds = [

@@ -52,6 +52,9 @@ step = "10m"
 interval = "10m"
 weight = 2.0
 
+[predict]
+max_consecutive_timeouts = 1000000
+
 [feed]
 source = "replay"
 path = "prices"
