@@ -313,7 +313,9 @@ async def test_a_model_that_only_takes_its_history_is_not_given_it_without_end(
     model = ModelServer("a", forgets)
     config = CONFIG.replace("max_consecutive_failures = 3", "max_consecutive_failures = 1000")
     async with staged(tmp_path, config) as stage, asyncio.timeout(LIMIT_S):
-        await stage.join(model)
+        await model.start()
+        stage.models.append(model)
+        await stage.orchestrator.announce(model)  # given up soon, it may never be seen ready
         while not stage.orchestrator.reports:
             await stage.play(5)
             await asyncio.sleep(0.005)
