@@ -1,6 +1,8 @@
 """What SIGTERM, SIGINT and SIGHUP do. Imports almost nothing: the handlers come before anything heavy.
 
-The first SIGTERM or SIGINT asks for an orderly end, whatever the program is doing; the second leaves at once.
+The first SIGTERM or SIGINT asks for an orderly end, whatever the program does; a later one leaves at once.
+What comes within a second is the same one: a terminal or a manager signals all processes, and a wrapper among
+them hands it on.
 Models and scoring workers end with their parent. SIGHUP asks for the config to be reread, or for an end where
 it comes because the terminal was closed.
 """
@@ -10,12 +12,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
 _END_WITHIN_S = 5.0
+_SAME_WITHIN_S = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_asked = 0
+_asked_at_s: float | None = None
 _then: Callable[[], None] | None = None
 _hung_up = False
 _reread: Callable[[], None] | None = None
@@ -36,7 +40,7 @@ def restore() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    if _asked:
+    if asked():
         raise KeyboardInterrupt
 
 
@@ -55,14 +59,14 @@ def over(code: int) -> None:
 
 def asked() -> bool:
     """Whether an end was asked for."""
-    return _asked > 0
+    return _asked_at_s is not None
 
 
 def when_asked(then: Callable[[], None] | None) -> None:
     """Call `then()` on the first signal, at once where it has come already; from a signal handler."""
     global _then
     _then = then
-    if then is not None and _asked:
+    if then is not None and asked():
         then()
 
 
@@ -93,9 +97,12 @@ def _has_terminal() -> bool:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    global _asked
-    _asked += 1
-    if _asked > 1:
-        os._exit(128 + number)
+    global _asked_at_s
+    now_s = time.monotonic()
+    if _asked_at_s is not None:
+        if now_s > _asked_at_s + _SAME_WITHIN_S:
+            os._exit(128 + number)
+        return
+    _asked_at_s = now_s
     if _then is not None:
         _then()

@@ -47,6 +47,25 @@ def to_its_reader(fifo: Path) -> int | None:
         return None
 
 
+def test_a_signal_that_a_wrapper_hands_on_as_well_is_one_and_a_later_one_leaves_at_once() -> None:
+    script = """
+import os, signal, time
+from condor_lite import stopping
+
+stopping.install()
+asked = []
+stopping.when_asked(lambda: asked.append(1))
+for _ in range(3):
+    os.kill(os.getpid(), signal.SIGTERM)
+assert asked == [1]
+time.sleep(stopping._SAME_WITHIN_S + 0.1)
+os.kill(os.getpid(), signal.SIGTERM)
+print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
+
+
 def test_a_disk_that_hangs_holds_up_no_orderly_end(tmp_path: Path) -> None:
     replaying(tmp_path)
     with program(tmp_path) as run:

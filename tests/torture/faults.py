@@ -157,7 +157,7 @@ def terminate_twice(world: World, spell: Spell) -> list[str]:
     """SIGTERM, and another one while it stops"""
     process = world.run.process
     process.send_signal(signal.SIGTERM)
-    time.sleep(spell.moments.choice([0.0, 0.05, 0.5]))
+    time.sleep(spell.moments.choice([0.05, 0.5, 1.5]))
     code = world.run.end()
     world.books.note_killed()
     world.start()
